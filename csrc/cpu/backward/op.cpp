@@ -1,0 +1,90 @@
+// The operator `backward`: checks, parameters, launch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+#include <utility>
+
+#include "cpu/backward/params.h"
+#include "cpu/common/checks.h"
+
+namespace sparsek::cpu {
+namespace {
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+Gradients launch_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query,
+                          const Tensor& key, const Tensor& value, const Tensor& scores, const Tensor& out,
+                          const Tensor& lse, const Tensor& threshold, const Tensor& expiry, const AttentionShape& shape,
+                          double scale, const Pattern& pattern, std::vector<Sequence> sequences) {
+  const ScalarType sum_dtype = scalar_type<T>();
+  const int64_t width = query.size(3), value_width = value.size(3);
+  const Tensor table = transpose_scores<T>(scores);
+  const Tensor dense_lse = torch::stable::contiguous(lse);
+  const Tensor dense_grad_lse = grad_lse.has_value() ? torch::stable::contiguous(*grad_lse) : Tensor();
+  // Queries before the first key are in no tile: their gradient stays 0.
+  const Tensor grad_query = make_zeros({shape.batch, shape.queries, shape.heads, width}, query.scalar_type());
+  const Tensor grad_key = make_zeros({shape.batch, shape.keys, shape.groups, width}, sum_dtype);
+  const Tensor grad_value = make_zeros({shape.batch, shape.keys, shape.groups, value_width}, sum_dtype);
+  const Tensor grad_scores = make_empty({shape.batch, shape.keys, shape.groups}, scores.scalar_type());
+  const Tensor key_sums = make_zeros({shape.batch, shape.groups, shape.keys}, ScalarType::Double);
+  const Tensor query_sums = make_zeros({shape.batch, shape.groups, shape.queries}, ScalarType::Double);
+
+  BackwardParams<T> params;
+  params.query = rows_of(query);
+  params.key = rows_of(key);
+  params.value = rows_of(value);
+  params.scores = static_cast<const T*>(table.const_data_ptr());
+  params.threshold = static_cast<const T*>(threshold.const_data_ptr());
+  params.expiry = static_cast<const int32_t*>(expiry.const_data_ptr());
+  params.out = rows_of(out);
+  params.lse = static_cast<const T*>(dense_lse.const_data_ptr());
+  params.grad_out = rows_of(grad_out);
+  params.grad_lse = grad_lse.has_value() ? static_cast<const T*>(dense_grad_lse.const_data_ptr()) : nullptr;
+  params.grad_query = rows_of(grad_query);
+  params.grad_key = static_cast<T*>(grad_key.mutable_data_ptr());
+  params.grad_value = static_cast<T*>(grad_value.mutable_data_ptr());
+  params.key_sums = static_cast<double*>(key_sums.mutable_data_ptr());
+  params.query_sums = static_cast<double*>(query_sums.mutable_data_ptr());
+  params.grad_scores = score_columns(grad_scores);
+  params.queries = shape.queries;
+  params.keys = shape.keys;
+  params.groups = shape.groups;
+  params.heads_per_group = shape.heads / shape.groups;
+  params.scale = scale;
+  params.pattern = pattern;
+  params.sequences = std::move(sequences);
+  run_backward(params);
+  run_score_gradient(params);
+  const ScalarType dtype = query.scalar_type();
+  return {grad_query, torch::stable::to(grad_key, dtype), torch::stable::to(grad_value, dtype), grad_scores};
+}
+
+Gradients backward(const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& query, const Tensor& key,
+                   const Tensor& value, const Tensor& scores, const Tensor& out, const Tensor& lse,
+                   const Tensor& threshold, const Tensor& expiry, std::optional<Tensor> cu_seqlens_q,
+                   std::optional<Tensor> cu_seqlens_k, int64_t window, bool causal, bool hard, double scale) {
+  const Pattern pattern = make_pattern(window, causal, hard);
+  const AttentionShape shape = check_attention(query, key, value, scores, threshold, expiry);
+  auto sequences = list_sequences(cu_seqlens_q, cu_seqlens_k, shape.batch, shape.queries, shape.keys);
+  for (const auto& [name, tensor] : {std::pair{"grad_out", &grad_out}, std::pair{"out", &out}}) {
+    check_tensor(name, *tensor, {shape.batch, shape.queries, shape.heads, value.size(3)});
+    STD_TORCH_CHECK(is_supported(tensor->scalar_type()), name, " must be float64, float32, bfloat16 or float16");
+  }
+  const bool wide = query.scalar_type() == ScalarType::Double;
+  for (const auto& [name, tensor] :
+       {std::pair{"lse", &lse}, std::pair{"grad_lse", grad_lse.has_value() ? &*grad_lse : &lse}}) {
+    check_tensor(name, *tensor, {shape.batch, shape.heads, shape.queries});
+    STD_TORCH_CHECK(tensor->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), name,
+                    " must be float64 if query is, and float32 otherwise");
+  }
+  const auto launch = wide ? launch_backward<double> : launch_backward<float>;
+  return launch(grad_out, grad_lse, query, key, value, scores, out, lse, threshold, expiry, shape, scale, pattern,
+                std::move(sequences));
+}
+
+}  // namespace
+}  // namespace sparsek::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(xformers_sparsek, CPU, m) { m.impl("backward", TORCH_BOX(&sparsek::cpu::backward)); }

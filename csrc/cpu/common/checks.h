@@ -1,0 +1,20 @@
+// Checks that the forward and the backward operator share. Python names all reasons at once before it comes here; these
+// keep a direct call of the operators from reading or writing out of bounds.
+#pragma once
+
+#include "common/pattern.h"
+#include "cpu/common/tensor.h"
+
+namespace sparsek::cpu {
+
+// Throws for a negative window, or one that is not causal.
+Pattern make_pattern(int64_t window, bool causal, bool hard);
+
+struct AttentionShape {
+  int64_t batch, queries, keys, heads, groups;
+};
+
+AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& scores,
+                               const Tensor& threshold, const Tensor& expiry);
+
+}  // namespace sparsek::cpu
