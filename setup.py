@@ -24,6 +24,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.h"))
+# Operators register themselves when a library is loaded; nobody looks up its symbols by name.
+EXPORTS = "csrc/exports.map"
 # The oldest PyTorch that the libraries load under: PyTorch's headers hide whatever came later.
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
@@ -39,7 +41,7 @@ class Library(Extension):
     """A shared object of the package; its toolchain is looked up only when it is built."""
 
     def __init__(self, name: str, sources: list[str], toolchain: Callable[[pathlib.Path], Toolchain]) -> None:
-        super().__init__(name, sources, depends=HEADERS)  # `depends` also puts the headers into source distributions
+        super().__init__(name, sources, depends=[*HEADERS, EXPORTS])  # which puts them into source distributions too
         self.toolchain = toolchain
 
 
@@ -58,13 +60,14 @@ def cpu_toolchain(torch: pathlib.Path) -> Toolchain:
     # Vectorised exponentials: these relax errno, traps and the sign of zero, but keep NaN and infinities.
     mathematics = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fopenmp-simd"]
     compile_ = [*shlex.split(compiler), "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    compile_ += [*STABLE_ABI, *mathematics, f"-I{CSRC}", f"-isystem{torch / 'include'}"]
+    compile_ += [*STABLE_ABI, *mathematics, "-Icsrc", f"-isystem{torch / 'include'}"]
     compile_ += [*shlex.split(os.environ.get("CXXFLAGS", "")), "-c"]
-    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+    # PyTorch's libraries export parts of the C++ library, which must come from the C++ library itself.
+    libraries = ["-lstdc++", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     if platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc":
         libraries += ["-lmvec", "-lm"]
     # No run path: the library finds PyTorch's because importing torch has loaded them.
-    return Toolchain(compile_, ([*shlex.split(compiler), "-shared"], libraries))
+    return Toolchain(compile_, ([*shlex.split(compiler), "-shared", f"-Wl,--version-script={EXPORTS}"], libraries))
 
 
 def torch_folder() -> pathlib.Path:
@@ -99,7 +102,7 @@ class BuildLibraries(build_ext):
         flags = hashlib.sha256(shlex.join(toolchain.compile).encode()).hexdigest()[:8]
         folder = ROOT / "build" / f"{ext.name.rpartition('.')[-1]}-{flags}"
         folder.mkdir(parents=True, exist_ok=True)
-        newest_header = max(((ROOT / header).stat().st_mtime for header in ext.depends), default=0.0)
+        newest_header = max((ROOT / header).stat().st_mtime for header in HEADERS)
 
         def compiled(source: str) -> str:
             target = folder / (source.replace(os.sep, "_") + ".o")

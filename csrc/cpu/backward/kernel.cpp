@@ -38,32 +38,26 @@ class BackwardWorker {
     reset(segment_key_, slots * p_.query.width);
     reset(segment_value_, slots * p_.value.width);
     reset(segment_score_, slots);
-    const int32_t shift = p_.pattern.causal ? static_cast<int32_t>(sequence.shift()) : 0;
-    for (int32_t begin = segment.begin; begin < segment.end; begin += tile_) {
-      const int32_t end = std::min<int32_t>(segment.end, begin + static_cast<int32_t>(tile_));
-      first_ = std::max(begin, shift);  // positions before the first query have none
-      positions_ = std::max(end - first_, 0);
-      if (positions_ > 0) run_tile(segment, sequence, begin, end, first_ - shift);
-    }
+    for_each_tile(segment, sequence, tile_, p_.heads_per_group,
+                  [&](const TileRows& tile) { run_tile(segment, sequence, tile); });
     turns.in_order(segment.stream, segment.index, [&] { add_segment(segment, sequence); });
   }
 
  private:
-  // Row h * positions + i of the matrices is query `query_begin + i` of head h of the group.
-  void run_tile(const Segment& segment, const Sequence& sequence, int32_t begin, int32_t end, int64_t query_begin) {
+  void run_tile(const Segment& segment, const Sequence& sequence, const TileRows& tile) {
     const int64_t head = sequence.batch * p_.groups + segment.group;
     const int64_t keys = head * p_.keys + sequence.key_begin;
-    const int64_t first_query = head * p_.queries + sequence.query_begin + query_begin;
-    columns_.fill(segment, p_.pattern, p_.expiry + keys, p_.scores + keys, begin, end);
+    const int64_t first_query = head * p_.queries + tile.query;
+    columns_.fill(segment, p_.pattern, p_.expiry + keys, p_.scores + keys, tile);
 
-    const int64_t rows = positions_ * p_.heads_per_group;
+    const int64_t rows = tile.count();
     const Matrix<T> query{query_.data(), rows, p_.query.width, p_.query.width};
     const Matrix<T> grad_out{grad_out_.data(), rows, p_.value.width, p_.value.width};
     const Matrix<T> grad_query{grad_query_.data(), rows, p_.query.width, p_.query.width};
-    for_each_row(segment, sequence, query_begin, [&](int64_t r, int64_t row, int64_t h) {
+    tile.for_each([&](int64_t r, int64_t row, int64_t h) {
       load_row(p_.query, p_.query.row(sequence.batch, row, h), T(p_.scale), query.data + r * query.row_stride);
       std::fill_n(grad_query.data + r * grad_query.row_stride, grad_query.cols, T(0));
-      load_state(r, sequence, row, h, p_.threshold[first_query + r % positions_], grad_out);
+      load_state(r, sequence, row, h, tile.position(r), p_.threshold[head * p_.queries + row], grad_out);
     });
 
     for (int64_t c = 0; c < columns_.count(); c += kKeyBlock) {
@@ -80,7 +74,7 @@ class BackwardWorker {
       key_.set_products(weights, query, sees);
       multiply(grad_logits, grad_out, value_.matrix().transposed(), false);
       value_.set_products(grad_logits, grad_out, sees);
-      differentiate_block(columns, c, count, p_.query_sums + first_query, weights, grad_logits);
+      differentiate_block(columns, c, count, tile.positions, p_.query_sums + first_query, weights, grad_logits);
 
       multiply(grad_query, grad_logits, key_.matrix(), true);
       key_.add_products(grad_query, grad_logits, sees);
@@ -88,14 +82,15 @@ class BackwardWorker {
       add_block(weights, grad_out, c, segment_value_.data());
     }
 
-    for_each_row(segment, sequence, query_begin, [&](int64_t r, int64_t row, int64_t h) {
+    tile.for_each([&](int64_t r, int64_t row, int64_t h) {
       store_row(p_.grad_query, p_.grad_query.row(sequence.batch, row, h), T(p_.scale),
                 grad_query.data + r * grad_query.row_stride);
     });
   }
 
   // Reads grad_out and what else row r needs beside the logits.
-  void load_state(int64_t r, const Sequence& sequence, int64_t row, int64_t h, T threshold, const Matrix<T>& grad_out) {
+  void load_state(int64_t r, const Sequence& sequence, int64_t row, int64_t h, int32_t position, T threshold,
+                  const Matrix<T>& grad_out) {
     T* gradient = grad_out.data + r * grad_out.row_stride;
     T* out = block_sums_.data();
     load_row(p_.grad_out, p_.grad_out.row(sequence.batch, row, h), T(1), gradient);
@@ -104,15 +99,16 @@ class BackwardWorker {
     for (int64_t d = 0; d < grad_out.cols; ++d) delta += gradient[d] * out[d];
     const int64_t i = (sequence.batch * p_.groups * p_.heads_per_group + h) * p_.queries + row;
     if (p_.grad_lse != nullptr) delta -= p_.grad_lse[i];
-    state_[r] = {first_ + static_cast<int32_t>(r % positions_), threshold, p_.lse[i], delta};
+    state_[r] = {position, threshold, p_.lse[i], delta};
   }
 
-  void differentiate_block(const Columns<T>& columns, int64_t begin, int64_t count, double* query_sums,
-                           const Matrix<T>& weights, const Matrix<T>& grad_logits) {
+  // query_sums [positions]: the heads of a group share their gates.
+  void differentiate_block(const Columns<T>& columns, int64_t begin, int64_t count, int64_t positions,
+                           double* query_sums, const Matrix<T>& weights, const Matrix<T>& grad_logits) {
     T* key_sums = block_sums_.data();
     std::fill_n(key_sums, count, T(0));
     for (int64_t r = 0; r < weights.rows; ++r)
-      query_sums[r % positions_] +=
+      query_sums[r % positions] +=
           differentiate(weights.data + r * weights.row_stride, grad_logits.data + r * grad_logits.row_stride, columns,
                         count, state_[r], p_.pattern.hard, key_sums);
     for (int64_t c = 0; c < count; ++c) segment_score_[columns_.slot(begin + c)] += key_sums[c];
@@ -150,19 +146,9 @@ class BackwardWorker {
     std::fill_n(buffer.data(), size, U(0));
   }
 
-  // Calls visit(r, row of the batch entry, query head) for every row of the tile.
-  template <typename Visit>
-  void for_each_row(const Segment& segment, const Sequence& sequence, int64_t query_begin, const Visit& visit) {
-    for (int64_t h = 0; h < p_.heads_per_group; ++h)
-      for (int64_t i = 0; i < positions_; ++i)
-        visit(h * positions_ + i, sequence.query_begin + query_begin + i, segment.group * p_.heads_per_group + h);
-  }
-
   const BackwardParams<T>& p_;
   const int64_t tile_;
   const int64_t max_rows_;
-  int32_t first_ = 0;      // position of the tile's first query
-  int32_t positions_ = 0;  // queries per head in the tile
   TileColumns<T> columns_;
   GatheredRows<T> key_;
   GatheredRows<T> value_;

@@ -30,27 +30,21 @@ class ForwardWorker {
 
   void run(const Segment& segment) {
     const Sequence& sequence = p_.sequences[segment.sequence];
-    const int32_t shift = p_.pattern.causal ? static_cast<int32_t>(sequence.shift()) : 0;
-    for (int32_t begin = segment.begin; begin < segment.end; begin += tile_) {
-      const int32_t end = std::min<int32_t>(segment.end, begin + static_cast<int32_t>(tile_));
-      first_ = std::max(begin, shift);  // positions before the first query have none
-      positions_ = std::max(end - first_, 0);
-      if (positions_ > 0) run_tile(segment, sequence, begin, end, first_ - shift);
-    }
+    for_each_tile(segment, sequence, tile_, p_.heads_per_group,
+                  [&](const TileRows& tile) { run_tile(segment, sequence, tile); });
   }
 
  private:
-  // Row h * positions + i of the matrices is query `query_begin + i` of head h of the group.
-  void run_tile(const Segment& segment, const Sequence& sequence, int32_t begin, int32_t end, int64_t query_begin) {
+  void run_tile(const Segment& segment, const Sequence& sequence, const TileRows& tile) {
     const int64_t head = sequence.batch * p_.groups + segment.group;
     const int64_t keys = head * p_.keys + sequence.key_begin;
-    const T* threshold = p_.threshold + head * p_.queries + sequence.query_begin + query_begin;
-    columns_.fill(segment, p_.pattern, p_.expiry + keys, p_.scores + keys, begin, end);
+    const T* threshold = p_.threshold + head * p_.queries + tile.query;
+    columns_.fill(segment, p_.pattern, p_.expiry + keys, p_.scores + keys, tile);
 
-    const int64_t rows = positions_ * p_.heads_per_group;
+    const int64_t rows = tile.count();
     const Matrix<T> query{query_.data(), rows, p_.query.width, p_.query.width};
     const Matrix<T> out{out_.data(), rows, p_.value.width, p_.value.width};
-    for_each_row(segment, sequence, query_begin, [&](int64_t r, int64_t row, int64_t h) {
+    tile.for_each([&](int64_t r, int64_t row, int64_t h) {
       load_row(p_.query, p_.query.row(sequence.batch, row, h), T(p_.scale), query.data + r * query.row_stride);
       std::fill_n(out.data + r * out.row_stride, out.cols, T(0));
       maximum_[r] = -std::numeric_limits<T>::infinity();
@@ -61,19 +55,20 @@ class ForwardWorker {
       const int64_t count = std::min(kKeyBlock, columns_.count() - c);
       const Columns<T> columns = columns_.from(c);
       const auto key_of = [&](int64_t i) { return sequence.key_begin + segment.key(columns_.slot(c + i)); };
-      const auto sees = [&](int64_t r, int64_t i) { return columns.sees(i, first_ + r % positions_); };
+      const auto sees = [&](int64_t r, int64_t i) { return columns.sees(i, tile.position(r)); };
       key_.gather(sequence.batch, segment.group, count, key_of);
       value_.gather(sequence.batch, segment.group, count, key_of);
 
       const Matrix<T> logits{logits_.data(), rows, count, kKeyBlock};
       multiply(logits, query, key_.matrix().transposed(), false);
       key_.set_products(logits, query, sees);
-      for (int64_t r = 0; r < rows; ++r) accumulate_row(r, columns, count, threshold, logits, out);
+      for (int64_t r = 0; r < rows; ++r)
+        accumulate_row(r, columns, count, tile.position(r), threshold[r % tile.positions], logits, out);
       multiply(out, logits, value_.matrix(), true);
       value_.add_products(out, logits, sees);
     }
 
-    for_each_row(segment, sequence, query_begin, [&](int64_t r, int64_t row, int64_t h) {
+    tile.for_each([&](int64_t r, int64_t row, int64_t h) {
       const T factor = sum_[r] == T(0) ? T(0) : T(1) / sum_[r];  // no key: output 0, LSE -inf
       store_row(p_.out, p_.out.row(sequence.batch, row, h), factor, out.data + r * out.row_stride);
       p_.lse[(sequence.batch * p_.groups * p_.heads_per_group + h) * p_.queries + row] =
@@ -82,14 +77,12 @@ class ForwardWorker {
   }
 
   // Online softmax: turns logits into weights relative to the maximum so far, and scales what was summed before.
-  void accumulate_row(int64_t r, const Columns<T>& columns, int64_t count, const T* threshold, const Matrix<T>& logits,
-                      const Matrix<T>& out) {
-    const int64_t i = r % positions_;
-    const int32_t position = first_ + static_cast<int32_t>(i);
+  void accumulate_row(int64_t r, const Columns<T>& columns, int64_t count, int32_t position, T threshold,
+                      const Matrix<T>& logits, const Matrix<T>& out) {
     T* row = logits.data + r * logits.row_stride;
     const T before = maximum_[r];
     const T maximum = std::max(before, seen_max(row, columns, count, position));
-    const T sum = weigh(row, columns, count, position, threshold[i], p_.pattern.hard, maximum);
+    const T sum = weigh(row, columns, count, position, threshold, p_.pattern.hard, maximum);
     if (maximum != before) {
       const T decay = std::exp(before - maximum);
       for (int64_t d = 0; d < out.cols; ++d) out.data[r * out.row_stride + d] *= decay;
@@ -99,19 +92,9 @@ class ForwardWorker {
     sum_[r] += sum;
   }
 
-  // Calls visit(r, row of the batch entry, query head) for every row of the tile.
-  template <typename Visit>
-  void for_each_row(const Segment& segment, const Sequence& sequence, int64_t query_begin, const Visit& visit) {
-    for (int64_t h = 0; h < p_.heads_per_group; ++h)
-      for (int64_t i = 0; i < positions_; ++i)
-        visit(h * positions_ + i, sequence.query_begin + query_begin + i, segment.group * p_.heads_per_group + h);
-  }
-
   const ForwardParams<T>& p_;
   const int64_t tile_;
   const int64_t max_rows_;
-  int32_t first_ = 0;      // position of the tile's first query
-  int32_t positions_ = 0;  // queries per head in the tile
   TileColumns<T> columns_;
   GatheredRows<T> key_;
   GatheredRows<T> value_;

@@ -15,6 +15,42 @@ namespace sparsek::cpu {
 
 constexpr int64_t kKeyBlock = 512;  // columns of the matrix products
 
+// The queries of one tile: `positions` of them for each head of the group, row h * positions + i of the matrices being
+// query i of head h.
+struct TileRows {
+  int32_t begin;  // positions of the tile
+  int32_t end;
+  int32_t first;      // position of its first query; later than `begin` where the sequence has fewer queries than keys
+  int32_t positions;  // queries per head
+  int64_t query;      // row of the first query in the batch entry
+  int64_t head;       // first head of the group
+  int64_t heads_per_group;
+
+  int64_t count() const { return positions * heads_per_group; }
+  int32_t position(int64_t r) const { return first + static_cast<int32_t>(r % positions); }
+
+  // Calls visit(r, row of the batch entry, query head) for every row.
+  template <typename Visit>
+  void for_each(const Visit& visit) const {
+    for (int64_t h = 0; h < heads_per_group; ++h)
+      for (int64_t i = 0; i < positions; ++i) visit(h * positions + i, query + i, head + h);
+  }
+};
+
+// Calls visit(TileRows) for every tile of the segment that has queries.
+template <typename Visit>
+void for_each_tile(const Segment& segment, const Sequence& sequence, int64_t tile, int64_t heads_per_group,
+                   const Visit& visit) {
+  const int32_t shift = segment.causal ? static_cast<int32_t>(sequence.shift()) : 0;
+  for (int32_t begin = segment.begin; begin < segment.end; begin += static_cast<int32_t>(tile)) {
+    const int32_t end = std::min(segment.end, begin + static_cast<int32_t>(tile));
+    const int32_t first = std::max(begin, shift);
+    if (first < end)
+      visit(TileRows{begin, end, first, end - first, sequence.query_begin + first - shift,
+                     segment.group * heads_per_group, heads_per_group});
+  }
+}
+
 // What decides whether a query at position p sees the key of column c, and with which gate.
 template <typename T>
 struct Columns {
@@ -32,17 +68,17 @@ struct Columns {
 template <typename T>
 class TileColumns {
  public:
-  // expiry, score [keys of the sequence]; the tile covers positions begin .. end - 1 of the segment.
-  void fill(const Segment& segment, const Pattern& pattern, const int32_t* expiry, const T* score, int32_t begin,
-            int32_t end) {
+  // expiry, score [keys of the sequence].
+  void fill(const Segment& segment, const Pattern& pattern, const int32_t* expiry, const T* score,
+            const TileRows& tile) {
     count_ = 0;
     const int32_t slots = segment.num_slots();
     for (auto* column : {&slot_, &seen_from_, &expiry_, &gated_from_}) column->resize(slots);
     score_.resize(slots);
     for (int32_t slot = 0; slot < slots; ++slot) {
       const int32_t key = segment.key(slot);
-      if (pattern.causal && key >= end) break;
-      if (pattern.causal && key < begin && expiry[key] <= begin) continue;
+      if (pattern.causal && key >= tile.end) break;
+      if (pattern.causal && key < tile.begin && expiry[key] <= tile.begin) continue;
       slot_[count_] = slot;
       seen_from_[count_] = pattern.causal ? key : 0;
       expiry_[count_] = expiry[key];
