@@ -12,4 +12,4 @@ from .selection import sparsek
 __version__ = "0.1.0"
 __all__ = ["SparseKBias", "SparseKScorer", "sparsek", "sparsek_attention"]
 
-xformers_ops.register()
+xformers_ops.register(SparseKBias)

@@ -56,11 +56,12 @@ def _gates(u: Tensor, k: int) -> Tensor:
         finite = torch.isfinite(u)
         free = (k - pinned.sum(-1, keepdim=True)).clamp(min=0)  # what the unpinned candidates share
         crowded = finite.sum(-1, keepdim=True) > free
-        lower, upper = _bracket(u, finite, free)
+        lower, upper, at_upper = _bracket(u, finite, free)
         # No breakpoint lies between the two, so the fractional set is the same all the way from one to the other.
         # Where scores are so large that u - 1 rounds to u, ties at the upper breakpoint still share what is left.
-        fractional = finite & crowded & (free > 0) & (u >= upper) & ((u - 1 <= lower) | (u == upper))
-        saturated = finite & ~fractional & (~crowded | ((free > 0) & (u >= upper)))
+        between = (u >= upper) & ((u - 1 <= lower) | (u == upper))
+        fractional = finite & crowded & (free > 0) & torch.where(at_upper, (u > upper) & (u - 1 < upper), between)
+        saturated = finite & ~fractional & (~crowded | ((free > 0) & (u >= upper) & ~(at_upper & (u == upper))))
         size = fractional.sum(-1, keepdim=True).clamp(min=1).to(u.dtype)
         share = (free - saturated.sum(-1, keepdim=True)) / size
         kept = (saturated | pinned).to(u.dtype)
@@ -71,8 +72,10 @@ def _gates(u: Tensor, k: int) -> Tensor:
     return torch.where(invalid, torch.nan, gates.clamp(0, 1))
 
 
-def _bracket(u: Tensor, finite: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+def _bracket(u: Tensor, finite: Tensor, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two neighbouring breakpoints around the threshold: gates sum to more than ``free`` at the lower one only.
+
+    Also whether the upper one is the threshold itself: the gates that are just 0 or 1 there are not fractional.
 
     An entry enters the fractional set where the threshold is ``u - 1`` and leaves it at ``u``. The sum of the gates
     falls from one breakpoint to the next, so a binary search over the sorted breakpoints finds the pair. Each step sums
@@ -84,11 +87,14 @@ def _bracket(u: Tensor, finite: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     count = 2 * finite.sum(-1, keepdim=True)
     low = torch.zeros_like(count)  # the sum exceeds `free` here: all gates are 1 at the first breakpoint
     high = (count - 1).clamp(min=0)  # and is 0 at the last
+
+    def gate_sum(threshold: Tensor) -> Tensor:
+        return torch.where(finite, (known - threshold).clamp(0, 1), 0.0).sum(-1, keepdim=True)
+
     for _ in range(max(1, (2 * u.shape[-1]).bit_length())):
         middle = (low + high) // 2
-        threshold = breakpoints.gather(-1, middle)
-        total = torch.where(finite, (known - threshold).clamp(0, 1), 0.0).sum(-1, keepdim=True)
-        exceeds = total > free
+        exceeds = gate_sum(breakpoints.gather(-1, middle)) > free
         low = torch.where(exceeds, middle, low)
         high = torch.where(exceeds, high, middle)
-    return breakpoints.gather(-1, low), breakpoints.gather(-1, high)
+    upper = breakpoints.gather(-1, high)
+    return breakpoints.gather(-1, low), upper, gate_sum(upper) == free

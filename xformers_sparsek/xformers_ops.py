@@ -40,23 +40,19 @@ else:
     MISSING = None
 
 
-def register() -> None:
+def register(bias_type: type[SparseKBias]) -> None:
     """Adds the operators to xFormers and hooks its dispatcher; does nothing without xFormers, nor a second time."""
     if MISSING is not None:
         return
-    from .bias import SparseKBias  # the bias derives from this module's AttentionBias
-
     for operator, all_operators in ((FwOp, _core.ALL_FW_OPS), (BwOp, _core.ALL_BW_OPS)):
-        operator.SUPPORTED_ATTN_BIAS_TYPES = (SparseKBias,)
+        operator.SUPPORTED_ATTN_BIAS_TYPES = (bias_type,)
         _replace(all_operators, operator)
         _replace(xops.common.OPERATORS_REGISTRY, operator)
-    if getattr(_core._memory_efficient_attention, "bias_type", None) is SparseKBias:
+    if getattr(_core._memory_efficient_attention, "bias_type", None) is bias_type:
         return
-    _dispatch._run_priority_list = _hooked_priority_list(_dispatch._run_priority_list, SparseKBias)
-    _core._memory_efficient_attention = _hooked_attention(_core._memory_efficient_attention, SparseKBias)
-    _core._memory_efficient_attention_backward = _hooked_backward(
-        _core._memory_efficient_attention_backward, SparseKBias
-    )
+    _dispatch._run_priority_list = _hooked_priority_list(_dispatch._run_priority_list, bias_type)
+    _core._memory_efficient_attention = _hooked_attention(_core._memory_efficient_attention, bias_type)
+    _core._memory_efficient_attention_backward = _hooked_backward(_core._memory_efficient_attention_backward, bias_type)
 
 
 def _replace(operators: list[type], operator: type) -> None:
@@ -90,8 +86,7 @@ def _hooked_attention(inner, bias_type: type):
     def memory_efficient_attention(inp, op=None):
         if type(inp.attn_bias) is not bias_type:
             return inner(inp, op=op)
-        refuse = _refuse_while_compiling if torch.compiler.is_compiling() else _refuse
-        refuse(inp, op)
+        _refuse(inp, op)
         folded = _Folded(inp)
         out, _ = folded.run(inp.output_dtype)
         return folded.unfold_heads(out)
@@ -123,16 +118,6 @@ def _refuse(inp, op: tuple | None) -> None:
         _dispatch._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention", forward, inp)
     if backward is not None:
         _dispatch._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention_backward", backward, inp)
-
-
-def _refuse_while_compiling(inp, op: tuple | None) -> None:
-    """The same, in one ValueError of ours: the dispatcher cannot be traced."""
-    reasons = [] if op is None else [f"op={op} is not ours" for op in op if op not in (None, FwOp, BwOp)]
-    if inp.p != 0.0:
-        reasons.append("dropout > 0.0")
-    reasons += _layout_reasons(inp) or _Folded(inp).reasons()
-    arguments = {"query": inp.query, "key": inp.key, "value": inp.value, "attn_bias": inp.attn_bias, "p": inp.p}
-    problem.refuse("memory_efficient_attention", arguments, reasons)
 
 
 def _layout_reasons(inp) -> list[str]:

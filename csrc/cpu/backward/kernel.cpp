@@ -97,7 +97,7 @@ class BackwardWorker {
     load_row(p_.out, p_.out.row(sequence.batch, row, h), T(1), out);
     T delta = 0;
     for (int64_t d = 0; d < grad_out.cols; ++d) delta += gradient[d] * out[d];
-    const int64_t i = (sequence.batch * p_.groups * p_.heads_per_group + h) * p_.queries + row;
+    const int64_t i = p_.flat_query(sequence.batch, h, row);
     if (p_.grad_lse != nullptr) delta -= p_.grad_lse[i];
     state_[r] = {position, threshold, p_.lse[i], delta};
   }

@@ -32,12 +32,7 @@ Gradients launch_backward(const Tensor& grad_out, const std::optional<Tensor>& g
   const Tensor query_sums = make_zeros({shape.batch, shape.groups, shape.queries}, ScalarType::Double);
 
   BackwardParams<T> params;
-  params.query = rows_of(query);
-  params.key = rows_of(key);
-  params.value = rows_of(value);
-  params.scores = static_cast<const T*>(table.const_data_ptr());
-  params.threshold = static_cast<const T*>(threshold.const_data_ptr());
-  params.expiry = static_cast<const int32_t*>(expiry.const_data_ptr());
+  set_inputs(params, query, key, value, table, threshold, expiry, shape, scale, pattern, std::move(sequences));
   params.out = rows_of(out);
   params.lse = static_cast<const T*>(dense_lse.const_data_ptr());
   params.grad_out = rows_of(grad_out);
@@ -48,13 +43,6 @@ Gradients launch_backward(const Tensor& grad_out, const std::optional<Tensor>& g
   params.key_sums = static_cast<double*>(key_sums.mutable_data_ptr());
   params.query_sums = static_cast<double*>(query_sums.mutable_data_ptr());
   params.grad_scores = score_columns(grad_scores);
-  params.queries = shape.queries;
-  params.keys = shape.keys;
-  params.groups = shape.groups;
-  params.heads_per_group = shape.heads / shape.groups;
-  params.scale = scale;
-  params.pattern = pattern;
-  params.sequences = std::move(sequences);
   run_backward(params);
   run_score_gradient(params);
   const ScalarType dtype = query.scalar_type();

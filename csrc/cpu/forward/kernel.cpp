@@ -71,8 +71,7 @@ class ForwardWorker {
     tile.for_each([&](int64_t r, int64_t row, int64_t h) {
       const T factor = sum_[r] == T(0) ? T(0) : T(1) / sum_[r];  // no key: output 0, LSE -inf
       store_row(p_.out, p_.out.row(sequence.batch, row, h), factor, out.data + r * out.row_stride);
-      p_.lse[(sequence.batch * p_.groups * p_.heads_per_group + h) * p_.queries + row] =
-          maximum_[r] + std::log(sum_[r]);
+      p_.lse[p_.flat_query(sequence.batch, h, row)] = maximum_[r] + std::log(sum_[r]);
     });
   }
 

@@ -17,21 +17,9 @@ void launch_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                     const Pattern& pattern, std::vector<Sequence> sequences, const Tensor& out, const Tensor& lse) {
   const Tensor table = transpose_scores<T>(scores);
   ForwardParams<T> params;
-  params.query = rows_of(query);
-  params.key = rows_of(key);
-  params.value = rows_of(value);
-  params.scores = static_cast<const T*>(table.const_data_ptr());
-  params.threshold = static_cast<const T*>(threshold.const_data_ptr());
-  params.expiry = static_cast<const int32_t*>(expiry.const_data_ptr());
+  set_inputs(params, query, key, value, table, threshold, expiry, shape, scale, pattern, std::move(sequences));
   params.out = rows_of(out);
   params.lse = static_cast<T*>(lse.mutable_data_ptr());
-  params.queries = shape.queries;
-  params.keys = shape.keys;
-  params.groups = shape.groups;
-  params.heads_per_group = shape.heads / shape.groups;
-  params.scale = scale;
-  params.pattern = pattern;
-  params.sequences = std::move(sequences);
   run_forward(params);
 }
 

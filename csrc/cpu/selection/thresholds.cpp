@@ -11,25 +11,27 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Scores with the lowest on top, and their sum.
+// Scores with the lowest on top, and their sum. All are close to each other when the sum matters, so that it is kept
+// relative to one of them.
 class LowestFirst {
  public:
   bool empty() const { return scores_.empty(); }
   int64_t size() const { return static_cast<int64_t>(scores_.size()); }
   double lowest() const { return empty() ? kInfinity : scores_.front(); }
-  double sum() const { return sum_; }
+  double sum_above(double base) const { return sum_ - size() * (base - origin_); }
 
   void push(double score) {
+    if (empty()) origin_ = score;
     scores_.push_back(score);
     std::push_heap(scores_.begin(), scores_.end(), std::greater<>());
-    update(score);
+    update(score - origin_);
   }
 
   double pop() {
     std::pop_heap(scores_.begin(), scores_.end(), std::greater<>());
     const double score = scores_.back();
     scores_.pop_back();
-    update(-score);
+    update(origin_ - score);
     return score;
   }
 
@@ -45,11 +47,13 @@ class LowestFirst {
     if (++updates_ <= size() + 64 && !empty()) return;
     updates_ = 0;
     sum_ = 0;
-    for (double score : scores_) sum_ += score;
+    if (!empty()) origin_ = lowest();
+    for (double score : scores_) sum_ += score - origin_;
   }
 
   std::vector<double> scores_;
-  double sum_ = 0;
+  double origin_ = 0;
+  double sum_ = 0;  // of the scores less the origin
   int64_t updates_ = 0;
 };
 
@@ -96,9 +100,12 @@ class SoftSelection {
       if (fractional_.empty() && share >= 0) return;
       const double drop = fractional_.lowest();
       const double soften = saturated_.lowest() - 1;
-      const double solution = fractional_.empty() ? kInfinity : (fractional_.sum() - share) / fractional_.size();
-      threshold_ = std::max(threshold_, std::min({solution, drop, soften}));
-      if (solution <= drop && solution <= soften) return;
+      // The solution relative to the lowest fractional score: at 0 its gate is exactly 0, and it is dropped. Where
+      // nothing is left to share, all of them are, however their sum is rounded.
+      const double gap = fractional_.empty() ? 0 : (fractional_.sum_above(drop) - share) / fractional_.size();
+      const bool solved = share > 0 && gap < 0 && drop + gap <= soften;
+      threshold_ = std::max(threshold_, solved ? drop + gap : std::min(drop, soften));
+      if (solved) return;
       if (drop <= soften) {
         fractional_.pop();
       } else {
