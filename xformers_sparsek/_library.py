@@ -22,7 +22,8 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path} does not load under PyTorch {torch.__version__} (2.10 or later is needed): {error}. {_REMEDY}"
+        reason = error.__cause__ or error  # PyTorch only names the path; the loader says why
+        return f"{path} does not load under PyTorch {torch.__version__} (2.10 or later is needed): {reason}. {_REMEDY}"
     return None
 
 

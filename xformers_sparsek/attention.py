@@ -55,10 +55,9 @@ def sparsek_attention(
             the CPU (under ``torch.compile`` a RuntimeError from the operator); elsewhere NaN scores give NaN outputs in
             their own batch entry and head.
     """
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens if isinstance(cu_seqlens, (tuple, list)) else (cu_seqlens, cu_seqlens)
+    cu_seqlens_q, cu_seqlens_k = problem.length_pair(cu_seqlens)
     reasons = problem.attention_reasons(query, key, value, scores, num_keys, window, scale, cu_seqlens_q, cu_seqlens_k)
-    if window and not causal:
-        reasons.append("window needs causal=True")
+    reasons += problem.flag_reasons(window, causal, hard)
     if not reasons:
         reasons = problem.value_reasons(scores)
     if reasons:

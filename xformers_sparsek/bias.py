@@ -42,10 +42,8 @@ class SparseKBias(AttentionBias):
         hard: bool = False,
         cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        pair = cu_seqlens if isinstance(cu_seqlens, (tuple, list)) else (cu_seqlens, cu_seqlens)
-        reasons = problem.pattern_reasons(scores, k, window, *pair)
-        if window and not causal:
-            reasons.append("window needs causal=True")
+        pair = problem.length_pair(cu_seqlens)
+        reasons = problem.pattern_reasons(scores, k, window, *pair) + problem.flag_reasons(window, causal, hard)
         arguments = {"scores": scores, "k": k, "window": window, "causal": causal, "hard": hard}
         problem.refuse("SparseKBias", arguments | {"cu_seqlens": cu_seqlens}, reasons)
         self.scores = scores
@@ -54,7 +52,6 @@ class SparseKBias(AttentionBias):
         self.causal = causal
         self.hard = hard
         self.cu_seqlens_q, self.cu_seqlens_k = pair
-        self.call: object | None = None  # set on the copy that one differentiable call works with
 
     @classmethod
     def from_seqlens(

@@ -77,6 +77,22 @@ def attention_reasons(
     return reasons
 
 
+def flag_reasons(window: object, causal: object, hard: object) -> list[str]:
+    """Reasons against the options that are on or off."""
+    flags = {"causal": causal, "hard": hard}
+    reasons = [
+        f"{name} must be True or False, got {flag!r}" for name, flag in flags.items() if not isinstance(flag, bool)
+    ]
+    return reasons + (["window needs causal=True"] if window and causal is False else [])
+
+
+def length_pair(cu_seqlens: object) -> tuple[object, object]:
+    """Cumulative lengths of queries and of keys, from a pair of them or one for both."""
+    if isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2:
+        return cu_seqlens[0], cu_seqlens[1]
+    return cu_seqlens, cu_seqlens
+
+
 def value_reasons(scores: Tensor) -> list[str]:
     """Reasons found in the contents of ``scores``; CPU only, since looking waits for the device elsewhere."""
     if has_values(scores) and torch.isnan(scores).any():

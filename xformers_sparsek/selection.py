@@ -46,6 +46,8 @@ def count_reasons(name: str, value: object, minimum: int) -> list[str]:
         return [f"{name} must be an integer, got {value!r}"]
     if value < minimum:
         return [f"{name} must be at least {minimum}, got {value}"]
+    if isinstance(value, int) and value >= 2**63:
+        return [f"{name} must be at most 2^63 - 1, got {value}"]
     return []
 
 

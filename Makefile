@@ -1,0 +1,70 @@
+# Needs Python 3.10 or later with its standard library, g++ and make; each target sets up what else it needs.
+#
+#   make demo     trains the example language model (examples/train_bytes.py)
+#   make test     runs the tests, with both layouts of xFormers
+#   make fuzz     draws random cases for much longer than `make test` does
+#   make bench    measures against dense attention on this machine
+#   make lint     checks format and style; `make format` applies them
+#   make clean    removes everything that these made
+
+PYTHON ?= python3
+VENV := .venv
+MSLK := .venv-mslk
+
+PY := $(abspath $(VENV)/bin/python)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Two test processes with one thread each are faster than one with two, and more would only wait for each other.
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+# xFormers after 0.0.35, which is in no registry yet: our stand-in for it, found before the xFormers of the environment,
+# and the mslk that it re-exports. mslk's own library needs a GPU build of PyTorch, and nothing here needs that library.
+MSLK_LAYOUT := MSLK_PYTHON_ONLY=1 PYTHONPATH=$(CURDIR)/tests/layouts/mslk:$(CURDIR)/$(MSLK)
+
+.PHONY: demo test fuzz bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(PY) examples/train_bytes.py
+
+test: $(VENV)/.built $(MSLK)/.installed
+	$(TEST) tests
+	$(MSLK_LAYOUT) $(TEST) $(wildcard tests/test_xformers*.py)
+
+fuzz: $(VENV)/.built
+	HYPOTHESIS_PROFILE=fuzz $(TEST) tests
+
+bench: $(VENV)/.built
+	set -e; for script in $(wildcard benchmarks/*.py); do $(PY) $$script; done
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+clean:
+	rm -rf $(VENV) $(MSLK) build *.egg-info xformers_sparsek/*.so
+
+# xFormers comes without its dependencies: its wheel asks for a PyTorch that we pin ourselves, and its own library, which
+# the published wheel builds for CUDA and for one version of PyTorch, is not needed.
+$(VENV)/.installed: .ci/bootstrap.py .ci/requirements.txt
+	$(PYTHON) .ci/bootstrap.py $(VENV)
+	$(PIP) -r .ci/requirements.txt
+	$(PIP) --no-deps xformers==0.0.35
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CPP_SOURCES)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Without its library mslk is plain Python, so the wheel made for any one version of Python serves every other.
+$(MSLK)/.installed: $(VENV)/.installed
+	rm -rf $(MSLK)
+	$(PIP) --no-deps --target $(MSLK) --python-version 3.11 --only-binary :all: --platform manylinux_2_28_x86_64 \
+		mslk-cuda==1.1.0
+	touch $@

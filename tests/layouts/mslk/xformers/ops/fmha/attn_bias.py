@@ -1,0 +1,3 @@
+from mslk.attention.fmha.attn_bias import AttentionBias, BlockDiagonalMask, LowerTriangularMask
+
+__all__ = ["AttentionBias", "BlockDiagonalMask", "LowerTriangularMask"]

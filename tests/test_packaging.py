@@ -1,0 +1,213 @@
+"""The built wheel, the library in it, and what happens where that library is missing or does not load."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+
+import pytest
+import torch
+
+import xformers_sparsek
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = pathlib.Path(xformers_sparsek.__file__).parent
+LIBRARY = "libsparsek_cpu.so"
+
+
+def run(*command: object, cwd: pathlib.Path | None = None, **environment: str) -> str:
+    environment = {**os.environ, **environment}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_with(folder: pathlib.Path, program: str) -> str:
+    """What ``program`` prints in a process that finds the package in ``folder``, not the one under test."""
+    check = f"import xformers_sparsek as p; assert p.__file__.startswith({str(folder)!r}), p.__file__\n"
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return run(sys.executable, "-c", check + textwrap.dedent(program), cwd=folder, PYTHONPATH=path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A copy of the source tree as a checkout has it, with the objects that were compiled from it already."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy2(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(
+        ROOT / "xformers_sparsek", folder / "xformers_sparsek", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    for objects in ROOT.glob("build/libsparsek_*"):
+        shutil.copytree(objects, folder / "build" / objects.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
+    run(sys.executable, "-m", "pip", "wheel", *options, source)
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_wheel_serves_every_python_3(wheel: pathlib.Path) -> None:
+    machine = re.escape(platform.machine())
+    version = re.escape(xformers_sparsek.__version__)
+    assert re.fullmatch(rf"xformers_sparsek-{version}-py3-none-\w*linux\w*_{machine}\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"xformers_sparsek-{xformers_sparsek.__version__}.dist-info"
+        names = {name for name in archive.namelist() if not name.startswith(info)}
+        tags = archive.read(f"{info}/WHEEL").decode()
+        metadata = archive.read(f"{info}/METADATA").decode()
+    modules = {f"xformers_sparsek/{path.name}" for path in (ROOT / "xformers_sparsek").glob("*.py")}
+    assert names == modules | {f"xformers_sparsek/{LIBRARY}"}
+    assert "Root-Is-Purelib: false" in tags
+    assert re.search(r"^Tag: py3-none-\w+$", tags, re.MULTILINE)
+    assert "Requires-Python: >=3.10\n" in metadata
+    assert "Requires-Dist: torch>=2.10\n" in metadata
+
+
+def test_wheel_works_where_it_is_installed(installed: pathlib.Path) -> None:
+    program = """
+    import torch
+    x = torch.ones(1, 4, 2, 8)
+    print(tuple(p.sparsek_attention(x, x, x, x[..., 0], 2).shape))
+    """
+    assert run_with(installed, program) == "(1, 4, 2, 8)\n"
+
+
+def test_library_depends_on_no_python_and_no_version(installed: pathlib.Path) -> None:
+    """Beside the C and C++ run time it may use only PyTorch's stable C functions."""
+    library = installed / "xformers_sparsek" / LIBRARY
+    lines = run("nm", "--dynamic", "--undefined-only", library).splitlines()
+    symbols = {line.split()[-1] for line in lines}
+    torch_symbols = {symbol for symbol in symbols if re.match(r"(aoti_)?torch_", symbol)}
+    assert torch_symbols
+    # Run-time libraries version their symbols (`exp@GLIBC_2.29`); weak ones (`w`) may stay undefined.
+    others = {line.split()[-1] for line in lines if "@" not in line and line.split()[0] == "U"} - torch_symbols
+    assert not others
+    assert not [symbol for symbol in symbols if re.match(r"_?Py", symbol)]
+    assert not [symbol for symbol in symbols if re.match(r"_ZNK?(S\w)?(2at|3c10|5torch)", symbol)]
+    dynamic = run("readelf", "--dynamic", "--wide", library)
+    assert "libtorch_cpu.so" in dynamic
+    assert "libpython" not in dynamic
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+def test_library_keeps_its_names_to_itself(installed: pathlib.Path) -> None:
+    """What a library exports can be mistaken for another one's function of that name."""
+    exported = run("nm", "--dynamic", "--defined-only", "--demangle", installed / "xformers_sparsek" / LIBRARY)
+    assert not [line for line in exported.splitlines() if "sparsek" in line]
+
+
+def test_source_distribution_is_complete(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    build = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", build, cwd=source)
+    (archive,) = tmp_path.iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    needed = {"setup.py", "pyproject.toml", "README.md"}
+    for folder, suffixes in (("csrc", (".h", ".cpp")), ("xformers_sparsek", (".py",))):
+        needed |= {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
+    assert needed <= names
+
+
+# ---------------------------------------------------------------------------------------- a library that does not load
+
+# Everything that needs no operator works; the first call that does fails with all that the user needs to know.
+WITHOUT_OPERATORS = """
+import torch
+import xformers.ops as xops
+from xformers.info import get_features_status
+
+scores = torch.randn(1, 4, 2, requires_grad=True)
+p.sparsek(scores, 2).sum().backward()
+bias = p.SparseKBias(scores, 2)
+bias.materialize((1, 2, 4, 4))
+p.SparseKScorer(8, 2)(torch.ones(1, 4, 8))
+x = torch.ones(1, 4, 2, 8)
+for name, status in get_features_status().items():
+    if "sparsek" in name:
+        print(name, status)
+for call in (
+    lambda: p.sparsek_attention(x, x, x, scores, 2),
+    lambda: xops.memory_efficient_attention(x, x, x, bias),
+    lambda: xops.memory_efficient_attention(x, x, x, bias, op=(p.xformers_ops.FwOp, p.xformers_ops.BwOp)),
+):
+    try:
+        call()
+    except Exception as error:
+        print(type(error).__name__, str(error).replace("\\n", " "))
+"""
+
+
+def _break_nothing_but(library: bytes | None, folder: pathlib.Path) -> list[str]:
+    """Lines that the program prints with this content of the library, or without one."""
+    shutil.copytree(PACKAGE, folder / "xformers_sparsek", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if library is not None:
+        (folder / "xformers_sparsek" / LIBRARY).write_bytes(library)
+    lines = run_with(folder, WITHOUT_OPERATORS).splitlines()
+    assert len(lines) == 5
+    assert all(
+        line.startswith("memory_efficient_attention.sparsek") and line.endswith("unavailable") for line in lines[:2]
+    )
+    errors = ["ValueError", "NotImplementedError", "ValueError"]
+    for error, line in zip(errors, lines[2:]):
+        assert line.startswith(error + " "), line
+        assert str(folder / "xformers_sparsek" / LIBRARY) in line
+        assert "pip install" in line
+    return lines[2:]
+
+
+def test_missing_library(tmp_path: pathlib.Path) -> None:
+    for line in _break_nothing_but(None, tmp_path):
+        assert "does not exist" in line
+
+
+BROKEN = {
+    "empty": (lambda library: b"", "file too short"),
+    "cut off": (lambda library: library[:100], "cannot read file data"),
+    "no library": (lambda library: b"404: not found\n" * 1000, "invalid ELF header"),
+    # Bytes 18 and 19 name the machine.
+    "for another machine": (
+        lambda library: library[:18] + b"\xff\xff" + library[20:],
+        "cannot open shared object file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_library(name: str, tmp_path: pathlib.Path) -> None:
+    damage, reason = BROKEN[name]
+    for line in _break_nothing_but(damage((PACKAGE / LIBRARY).read_bytes()), tmp_path):
+        assert reason in line
+        assert f"does not load under PyTorch {torch.__version__}" in line
+
+
+def test_library_for_a_newer_torch(tmp_path: pathlib.Path) -> None:
+    """Built against headers that call what this PyTorch does not have."""
+    source = tmp_path / "newer.c"
+    source.write_text("void torch_from_the_future(void); void f(void) { torch_from_the_future(); }")
+    run(os.environ.get("CC", "gcc"), "-shared", "-fPIC", source, "-o", tmp_path / "newer.so")
+    for line in _break_nothing_but((tmp_path / "newer.so").read_bytes(), tmp_path):
+        assert "undefined symbol: torch_from_the_future" in line
