@@ -193,6 +193,7 @@ def environment(threads: int) -> dict:
         "cpu": models[0] if models else platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],  # of the last minute: well above 0 if others are busy
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -64,8 +64,8 @@ def test_learns_more_than_byte_frequencies(uninterrupted):
     nats = {name: float(value) for name, value in re.findall(r"^(.+?) +(\d+\.\d+) nats/byte", output, re.MULTILINE)}
     assert set(nats) == {"training loss", "held-out loss", "unigram entropy"}
     assert 2.5 < nats["unigram entropy"] < 4  # English and code have 3 to 3.5
-    assert nats["held-out loss"] < nats["unigram entropy"] - 0.15
-    assert nats["training loss"] < nats["unigram entropy"] - 0.15
+    assert nats["held-out loss"] < nats["unigram entropy"] - 0.4
+    assert nats["training loss"] < nats["unigram entropy"] - 0.4
     losses = checkpoint(folder)["losses"]
     assert len(losses) == STEPS
     assert losses[0] == pytest.approx(math.log(256), abs=1e-3)  # the untrained model knows nothing

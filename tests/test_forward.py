@@ -113,3 +113,28 @@ def test_options_have_their_documented_defaults(dtype):
     )
     plain = sparsek_attention(q, k, v, u, 3)
     assert isinstance(plain, torch.Tensor) and torch.equal(plain, out)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("num_keys", [1, 700])
+def test_every_key_leaves_on_time(num_keys, window, device):
+    """With rising scores each query drops one key, so some key leaves right after every internal boundary."""
+    length, width = 1500, 4
+    gen = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, length, 1, width, generator=gen, dtype=F64).to(device) for _ in range(3))
+    scores = 10.0 * torch.arange(length, dtype=F64, device=device).view(1, -1, 1)
+    out = sparsek_attention(query, key, value, scores, num_keys, window=window, hard=True)
+    index = torch.arange(length, device=device)
+    age = index.unsqueeze(-1) - index
+    band = (age >= 0) & (age < num_keys + window)
+    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=band)
+    torch.testing.assert_close(out, dense.transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+def test_lengths_may_be_strided(device):
+    gen = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 9, 1, 4, generator=gen).to(device) for _ in range(3))
+    scores = torch.randn(1, 9, 1, generator=gen).to(device)
+    lengths = torch.tensor([0, 7, 4, 7, 9, 7], dtype=torch.int32, device=device)
+    strided = sparsek_attention(query, key, value, scores, 2, cu_seqlens=lengths[::2])
+    assert torch.equal(strided, sparsek_attention(query, key, value, scores, 2, cu_seqlens=lengths[::2].contiguous()))

@@ -108,6 +108,26 @@ def test_a_key_matters_to_nobody_who_does_not_see_it(drawn, device, poison, what
         tally.checked("clean keys beside poisoned ones")
 
 
+@pytest.mark.parametrize("what, poison", [("key", torch.nan), ("value", torch.nan), ("value", torch.inf)])
+def test_who_sees_nan_shows_it(what, poison, device):
+    """In the output and in the gradient of the query, also among 150 other queries of its tile."""
+    problem = Problem(
+        lengths=((150, 150),), packed=False, batch=1, groups=1, ratio=2, width=4, value_width=3, dtype=torch.float32,
+        score_dtype=torch.float32, kind="normal", spread=1.0, num_keys=20, window=2, causal=True, hard=False,
+        scale=None, sharpness=1.0, layouts=("contiguous",) * 5, lse_grad=False, seed=0,
+    )  # fmt: skip
+    inputs = problem.inputs(device)
+    visible = Reference(problem, inputs).gates > 0  # [1, 1, Mq, Mk]
+    poisoned = torch.zeros(1, 1, problem.keys, dtype=torch.bool, device=device)
+    poisoned[..., 30] = True
+    hit = (visible & poisoned.unsqueeze(-2)).any(-1).repeat_interleave(problem.ratio, 1)
+    assert hit.any() and not hit.all()
+    after = operator(problem, replaced(inputs, poisoned, poison, what))
+    for name in ("out", "dq"):
+        finite = after[name].isfinite().all(-1).transpose(1, 2)
+        assert torch.equal(finite, ~hit), name
+
+
 @law(drawn=problems(kinds=("normal", "rising", "integers"), hard=False))
 def test_score_gradients_of_keys_that_meet_no_nan(drawn, device):
     """Also within a group of heads: a sum over the fractional queries of a key holds no term of others."""

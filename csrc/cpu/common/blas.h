@@ -28,7 +28,7 @@ Tensor as_tensor(const Matrix<T>& m) {
   const std::array<int64_t, 2> sizes{m.rows, m.cols};
   const std::array<int64_t, 2> strides{m.row_stride, m.col_stride};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
       m.data, 2, sizes.data(), strides.data(), 0,
       scalar_type<T>() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
@@ -39,8 +39,8 @@ Tensor as_tensor(const Matrix<T>& m) {
 template <typename T>
 void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool accumulate) {
   const Tensor result = as_tensor(out);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), as_tensor(a).get(),
-                                                         as_tensor(b).get(), accumulate ? 1.0 : 0.0, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), as_tensor(a).get(), as_tensor(b).get(),
+                                                  accumulate ? 1.0 : 0.0, 1.0));
 }
 
 }  // namespace sparsek::cpu
