@@ -7,9 +7,9 @@ namespace {
 
 // Contiguous lengths, if they are lengths at all.
 Tensor checked_lengths(const char* name, const Tensor& strided, int64_t total) {
-  STD_TORCH_CHECK(strided.is_cpu() && strided.scalar_type() == ScalarType::Int && strided.dim() == 1 &&
-                      strided.size(0) >= 1,
-                  name, " must be an int32 CPU tensor [sequences + 1], got shape ", shape_of(strided));
+  STD_TORCH_CHECK(
+      strided.is_cpu() && strided.scalar_type() == ScalarType::Int && strided.dim() == 1 && strided.size(0) >= 1, name,
+      " must be an int32 CPU tensor [sequences + 1], got shape ", shape_of(strided));
   const Tensor lengths = torch::stable::contiguous(strided);
   const int32_t* ends = static_cast<const int32_t*>(lengths.const_data_ptr());
   const int64_t count = lengths.size(0);
