@@ -5,8 +5,9 @@ Inputs are N(0, 1), scores N(0, 4^2), causal, batch 1. Sparse is the whole call 
 and with the gradients of query, key, value and scores; dense is ``scaled_dot_product_attention(is_causal=True)`` on
 contiguous ``[B, H, M, K]`` tensors, and with the gradients of query, key and value.
 
-Time: medians over repeats. Every repeat runs each measurement once, one after the other, so that a slow spell of the
-machine falls on all of them. Pair efficiency is the time of a dense pair of query and key over that of a selected pair.
+Time: medians over repeats. Every repeat runs every measurement at every length once, one after the other, so that a
+slow spell of the machine falls on all of them. Pair efficiency is the time of a dense pair of query and key over that
+of a selected pair.
 
 Memory: what the process holds at its peak during one call (VmHWM, reset through /proc/self/clear_refs right before),
 less what it held before (VmRSS), less what the call returns. Each figure comes from a process of its own that has run
@@ -105,39 +106,47 @@ class Case:
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
-def measure_times(calls: dict[str, Callable], repeats: int, note: str) -> dict[str, list[float]]:
-    """Seconds of each call in each repeat, the calls taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats):
-        for name, call in calls.items():
-            if sys.stderr.isatty():
-                print(f"\r{note}: repeat {repeat + 1}/{repeats}, {name:<20}", end="", file=sys.stderr, flush=True)
+def measure_times(plan: dict[int, bool], args: argparse.Namespace) -> list[dict]:
+    """Times, pairs and what follows from them, at each length; ``plan`` says where dense is measured too."""
+    calls: dict[tuple[int, str], Callable] = {}
+    cases = {length: Case(length, args) for length in plan}
+    for length, dense in plan.items():
+        names = ["select", "sparse_forward", "sparse_training"] + ["dense_forward", "dense_training"] * dense
+        warm_up = Case(min(length, SHORT), args)
+        for case in (warm_up, cases[length]) if dense else ():
+            case.prepare_dense()
+        for name in names:
+            getattr(warm_up, name)()
+            calls[length, name] = getattr(cases[length], name)
+
+    seconds: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
+    for repeat in range(args.repeats):
+        # The sparse calls first: those of different lengths are compared with each other, and dense ones take long.
+        for (length, name), call in sorted(calls.items(), key=lambda item: item[0][1].startswith("dense")):
+            show(f"repeat {repeat + 1}/{args.repeats}: {name} of {length} tokens")
             began = time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - began)
-    print(f"\r{note}: {repeats} repeats measured{'':<20}", file=sys.stderr)
-    return seconds
+            seconds[length, name].append(time.perf_counter() - began)
+    show("")
+
+    results = []
+    for length, case in cases.items():
+        own = {name: values for (other, name), values in seconds.items() if other == length}
+        medians = {name: statistics.median(values) for name, values in own.items()}
+        result = {"length": length, "pairs": case.pairs(), "median_seconds": medians, "seconds": own}
+        if plan[length]:
+            fewer = result["pairs"]["dense"] / result["pairs"]["sparse"]
+            for name in ("forward", "training"):
+                speedup = medians[f"dense_{name}"] / medians[f"sparse_{name}"]
+                result[name] = {"speedup": speedup, "pair_efficiency": speedup / fewer}
+        results.append(result)
+    return results
 
 
-def measure_length(length: int, dense: bool, args: argparse.Namespace) -> dict:
-    """Times, pairs and what follows from them, at one length."""
-    warm_up, case = Case(min(length, SHORT), args), Case(length, args)
-    names = ["select", "sparse_forward", "sparse_training"]
-    if dense:
-        names += ["dense_forward", "dense_training"]
-        warm_up.prepare_dense()
-        case.prepare_dense()
-    for name in names:
-        getattr(warm_up, name)()
-    seconds = measure_times({name: getattr(case, name) for name in names}, args.repeats, f"{length} tokens")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    result = {"length": length, "pairs": case.pairs(), "median_seconds": medians, "seconds": seconds}
-    if dense:
-        fewer = result["pairs"]["dense"] / result["pairs"]["sparse"]
-        for name in ("forward", "training"):
-            speedup = medians[f"dense_{name}"] / medians[f"sparse_{name}"]
-            result[name] = {"speedup": speedup, "pair_efficiency": speedup / fewer}
-    return result
+def show(line: str) -> None:
+    """Replaces what the terminal's last line says about progress; says nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{line:<60}", end="" if line else "\r", file=sys.stderr, flush=True)
 
 
 def resident(field: str) -> int:
@@ -236,7 +245,7 @@ def report_times(results: list[dict]) -> str:
 
 
 def judge(results: list[dict], memory: list[dict]) -> list[dict]:
-    """The figures that have a target, each with its target."""
+    """The figures that have a target, each with its target, which is meant for the default options."""
     verdicts = []
 
     def add(what: str, value: float, bound: float, at_least: bool) -> None:
@@ -255,7 +264,7 @@ def judge(results: list[dict], memory: list[dict]) -> list[dict]:
             first, last = (per_token[n]["median_seconds"][name] / n for n in (short, long))
             add(f"{words} from {short} to {long}: growth of time per token", last / first, 1.3, False)
     for item in memory:
-        if item["call"] == "sparse_forward" and "error" not in item:
+        if item["call"] == "sparse_forward" and item["length"] >= 16384 and "error" not in item:
             what = f"forward at {item['length']}: memory beyond inputs and outputs / inputs"
             add(what, item["beyond"] / item["inputs"], 0.25, False)
     return verdicts
@@ -360,7 +369,7 @@ def main() -> None:
         for name in ("sparse_forward", "sparse_training")
     ]
     plan = dict.fromkeys(args.growth, args.dense_growth) | dict.fromkeys(args.lengths, True)
-    results = [measure_length(length, dense, args) for length, dense in sorted(plan.items())]
+    results = measure_times(dict(sorted(plan.items())), args)
     verdicts = judge(results, memory)
     print(report_times(results), report_memory(memory), report_verdicts(verdicts), sep="\n\n")
     args.json.parent.mkdir(parents=True, exist_ok=True)
