@@ -371,7 +371,8 @@ def main() -> None:
     plan = dict.fromkeys(args.growth, args.dense_growth) | dict.fromkeys(args.lengths, True)
     results = measure_times(dict(sorted(plan.items())), args)
     verdicts = judge(results, memory)
-    print(report_times(results), report_memory(memory), report_verdicts(verdicts), sep="\n\n")
+    reports = [report_times(results)] + [report_memory(memory)] * bool(memory) + [report_verdicts(verdicts)]
+    print("\n\n".join(reports))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     report = {"settings": settings, "targets": verdicts, "times": results, "memory_bytes": memory}
     args.json.write_text(json.dumps(report, indent=2) + "\n")
