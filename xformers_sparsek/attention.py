@@ -85,7 +85,20 @@ def _fake_select(scores, cu_seqlens_q, cu_seqlens_k, num_queries, num_keys, wind
 
 
 def _fake_forward(
-    query, key, value, scores, threshold, expiry, cu_seqlens_q, cu_seqlens_k, window, causal, hard, scale, out_dtype
+    query,
+    key,
+    value,
+    scores,
+    threshold,
+    expiry,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    window,
+    causal,
+    hard,
+    scale,
+    out_dtype,
+    kernel=None,
 ):
     batch, queries, heads, _ = query.shape
     out = query.new_empty(batch, queries, heads, value.shape[-1], dtype=out_dtype or query.dtype)
@@ -97,20 +110,20 @@ def _fake_backward(grad_out, grad_lse, query, key, value, scores, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, scores, threshold, expiry, cu_seqlens_q, cu_seqlens_k, *options, _ = inputs
+    query, key, value, scores, threshold, expiry, cu_seqlens_q, cu_seqlens_k, *options, _, kernel = inputs
     ctx.save_for_backward(query, key, value, scores, *output, threshold, expiry, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = options
+    ctx.options = (*options, kernel)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_lse):
     query, key, value, scores, out, *rest = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 13
+        return (None,) * 14
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.xformers_sparsek.backward(grad_out, grad_lse, query, key, value, scores, out, *rest, *ctx.options)
-    return (*grads, *(None,) * 9)
+    return (*grads, *(None,) * 10)
 
 
 def _no_second_backward(ctx, *grads):

@@ -2,11 +2,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <string>
 #include <tuple>
 #include <utility>
 
+#include "common/checks.h"
 #include "cpu/backward/params.h"
-#include "cpu/common/checks.h"
 
 namespace sparsek::cpu {
 namespace {
@@ -24,12 +25,12 @@ Gradients launch_backward(const Tensor& grad_out, const std::optional<Tensor>& g
   const Tensor dense_lse = torch::stable::contiguous(lse);
   const Tensor dense_grad_lse = grad_lse.has_value() ? torch::stable::contiguous(*grad_lse) : Tensor();
   // Queries before the first key are in no tile: their gradient stays 0.
-  const Tensor grad_query = make_zeros({shape.batch, shape.queries, shape.heads, width}, query.scalar_type());
-  const Tensor grad_key = make_zeros({shape.batch, shape.keys, shape.groups, width}, sum_dtype);
-  const Tensor grad_value = make_zeros({shape.batch, shape.keys, shape.groups, value_width}, sum_dtype);
-  const Tensor grad_scores = make_empty({shape.batch, shape.keys, shape.groups}, scores.scalar_type());
-  const Tensor key_sums = make_zeros({shape.batch, shape.groups, shape.keys}, ScalarType::Double);
-  const Tensor query_sums = make_zeros({shape.batch, shape.groups, shape.queries}, ScalarType::Double);
+  const Tensor grad_query = make_zeros(query, {shape.batch, shape.queries, shape.heads, width}, query.scalar_type());
+  const Tensor grad_key = make_zeros(query, {shape.batch, shape.keys, shape.groups, width}, sum_dtype);
+  const Tensor grad_value = make_zeros(query, {shape.batch, shape.keys, shape.groups, value_width}, sum_dtype);
+  const Tensor grad_scores = make_empty(query, {shape.batch, shape.keys, shape.groups}, scores.scalar_type());
+  const Tensor key_sums = make_zeros(query, {shape.batch, shape.groups, shape.keys}, ScalarType::Double);
+  const Tensor query_sums = make_zeros(query, {shape.batch, shape.groups, shape.queries}, ScalarType::Double);
 
   BackwardParams<T> params;
   set_inputs(params, query, key, value, table, threshold, expiry, shape, scale, pattern, std::move(sequences));
@@ -52,21 +53,14 @@ Gradients launch_backward(const Tensor& grad_out, const std::optional<Tensor>& g
 Gradients backward(const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& query, const Tensor& key,
                    const Tensor& value, const Tensor& scores, const Tensor& out, const Tensor& lse,
                    const Tensor& threshold, const Tensor& expiry, std::optional<Tensor> cu_seqlens_q,
-                   std::optional<Tensor> cu_seqlens_k, int64_t window, bool causal, bool hard, double scale) {
+                   std::optional<Tensor> cu_seqlens_k, int64_t window, bool causal, bool hard, double scale,
+                   std::optional<std::string> kernel) {
   const Pattern pattern = make_pattern(window, causal, hard);
   const AttentionShape shape = check_attention(query, key, value, scores, threshold, expiry);
   auto sequences = list_sequences(cu_seqlens_q, cu_seqlens_k, shape.batch, shape.queries, shape.keys);
-  for (const auto& [name, tensor] : {std::pair{"grad_out", &grad_out}, std::pair{"out", &out}}) {
-    check_tensor(name, *tensor, {shape.batch, shape.queries, shape.heads, value.size(3)});
-    STD_TORCH_CHECK(is_supported(tensor->scalar_type()), name, " must be float64, float32, bfloat16 or float16");
-  }
+  check_gradients(grad_out, grad_lse, query, value, out, lse, shape);
+  STD_TORCH_CHECK(!kernel.has_value(), "the CPU has one kernel, got kernel=", *kernel);
   const bool wide = query.scalar_type() == ScalarType::Double;
-  for (const auto& [name, tensor] :
-       {std::pair{"lse", &lse}, std::pair{"grad_lse", grad_lse.has_value() ? &*grad_lse : &lse}}) {
-    check_tensor(name, *tensor, {shape.batch, shape.heads, shape.queries});
-    STD_TORCH_CHECK(tensor->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), name,
-                    " must be float64 if query is, and float32 otherwise");
-  }
   const auto launch = wide ? launch_backward<double> : launch_backward<float>;
   return launch(grad_out, grad_lse, query, key, value, scores, out, lse, threshold, expiry, shape, scale, pattern,
                 std::move(sequences));

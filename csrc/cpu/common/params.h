@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/pattern.h"
-#include "cpu/common/checks.h"
 #include "cpu/common/sequences.h"
 #include "cpu/common/tensor.h"
 

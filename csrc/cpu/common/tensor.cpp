@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstring>
-#include <sstream>
 #include <vector>
 
 #include "cpu/common/vectorize.h"
@@ -102,31 +101,10 @@ SPARSEK_CLONES void store_row(const Rows& rows, char* row, double factor, const 
   store_any(rows, row, factor, in);
 }
 
-Rows rows_of(const Tensor& tensor) {
-  Rows rows;
-  rows.data = static_cast<char*>(tensor.data_ptr());
-  rows.dtype = tensor.scalar_type();
-  rows.element_size = static_cast<int64_t>(tensor.element_size());
-  for (int d = 0; d < 4; ++d) rows.stride[d] = tensor.stride(d);
-  rows.width = tensor.size(3);
-  return rows;
-}
-
-Rows score_columns(const Tensor& scores) {
-  Rows rows;
-  rows.data = static_cast<char*>(scores.data_ptr());
-  rows.dtype = scores.scalar_type();
-  rows.element_size = static_cast<int64_t>(scores.element_size());
-  for (int d = 0; d < 3; ++d) rows.stride[d] = scores.stride(d);
-  rows.stride[3] = scores.stride(1);
-  rows.width = scores.size(1);
-  return rows;
-}
-
 template <typename T>
 Tensor transpose_scores(const Tensor& scores) {
   const int64_t batch = scores.size(0), keys = scores.size(1), groups = scores.size(2);
-  Tensor table = make_empty({batch, groups, keys}, scalar_type<T>());
+  Tensor table = make_empty(scores, {batch, groups, keys}, scalar_type<T>());
   const Rows columns = score_columns(scores);
   T* out = static_cast<T*>(table.mutable_data_ptr());
   for (int64_t b = 0; b < batch; ++b)
@@ -135,41 +113,5 @@ Tensor transpose_scores(const Tensor& scores) {
 }
 template Tensor transpose_scores<float>(const Tensor&);
 template Tensor transpose_scores<double>(const Tensor&);
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream out;
-  out << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) out << (d ? ", " : "") << tensor.size(d);
-  out << "]";
-  return out.str();
-}
-
-bool is_supported(ScalarType dtype) {
-  return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-         dtype == ScalarType::Half;
-}
-
-void check_tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
-  std::ostringstream expected;
-  int64_t dim = 0;
-  for (int64_t size : sizes) {
-    expected << (dim ? ", " : "") << (size < 0 ? "*" : std::to_string(size));
-    if (fits && size >= 0 && tensor.size(dim) != size) fits = false;
-    ++dim;
-  }
-  STD_TORCH_CHECK(fits, name, " must have shape [", expected.str(), "], got ", shape_of(tensor));
-}
-
-Tensor make_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::empty({shape.data(), shape.size()}, dtype);
-}
-
-Tensor make_zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor tensor = make_empty(sizes, dtype);
-  return torch::stable::zero_(tensor);
-}
 
 }  // namespace sparsek::cpu

@@ -2,10 +2,12 @@
 // keep a direct call of the operators from reading or writing out of bounds.
 #pragma once
 
-#include "common/pattern.h"
-#include "cpu/common/tensor.h"
+#include <optional>
 
-namespace sparsek::cpu {
+#include "common/pattern.h"
+#include "common/tensor.h"
+
+namespace sparsek {
 
 // Throws for a negative window, or one that is not causal.
 Pattern make_pattern(int64_t window, bool causal, bool hard);
@@ -17,4 +19,8 @@ struct AttentionShape {
 AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& scores,
                                const Tensor& threshold, const Tensor& expiry);
 
-}  // namespace sparsek::cpu
+// What backward reads besides.
+void check_gradients(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query,
+                     const Tensor& value, const Tensor& out, const Tensor& lse, const AttentionShape& shape);
+
+}  // namespace sparsek
