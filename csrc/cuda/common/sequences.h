@@ -26,6 +26,14 @@ struct Items {
   int64_t extra;
 };
 
+// Rows, items and tiles are fewer than 2^32, and 64-bit division is slow on a GPU.
+SPARSEK_HOST_DEVICE inline int64_t divide(int64_t a, int64_t b) {
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
+// Tiles of `rows` rows over the queries: tiles.size = rows / heads positions, aligned to multiples of it.
+inline Items query_tiles(int rows, int heads) { return {rows / heads, 2}; }
+
 struct Sequences {
   const int32_t* cu_q;  // [count + 1], or null: every batch entry is one sequence
   const int32_t* cu_k;  // [count + 1], or null
@@ -43,17 +51,19 @@ struct Sequences {
 
   // Items over the rows of the queries or the keys (cu: cu_q and queries, or cu_k and keys).
   SPARSEK_HOST_DEVICE int64_t num_items(const int32_t* cu, int64_t rows, Items items) const {
-    return cu == nullptr ? count * (rows / items.size + items.extra) : rows / items.size + count * items.extra;
+    return cu == nullptr ? count * (divide(rows, items.size) + items.extra)
+                         : divide(rows, items.size) + count * items.extra;
   }
 
   // First item of sequence s.
   SPARSEK_HOST_DEVICE int64_t first_item(const int32_t* cu, int64_t rows, Items items, int64_t s) const {
-    return cu == nullptr ? s * (rows / items.size + items.extra) : clamp(cu[s], rows) / items.size + s * items.extra;
+    return cu == nullptr ? s * (divide(rows, items.size) + items.extra)
+                         : divide(clamp(cu[s], rows), items.size) + s * items.extra;
   }
 
   // The sequence of an item.
   SPARSEK_HOST_DEVICE int64_t find(const int32_t* cu, int64_t rows, Items items, int64_t item) const {
-    if (cu == nullptr) return item / (rows / items.size + items.extra);
+    if (cu == nullptr) return divide(item, divide(rows, items.size) + items.extra);
     int64_t low = 0, high = count;  // the last s with first_item(s) <= item
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;

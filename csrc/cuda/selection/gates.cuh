@@ -1,0 +1,350 @@
+// Soft and hard gates: how much of a key is kept at a level, and the exact level that keeps k.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/selection/group.cuh"
+#include "cuda/selection/params.h"
+
+namespace sparsek::cuda {
+
+// A run of keys: their levels, or the scores of a sequence from its first key on.
+template <typename Gate>
+struct Keys {
+  using Level = typename Gate::Level;
+  using Score = typename Gate::Score;
+  const Level* levels = nullptr;
+  const Score* scores = nullptr;
+
+  __device__ static Keys of_levels(const Level* levels) { return {levels, nullptr}; }
+  __device__ static Keys of_scores(const Score* scores) {
+    if constexpr (std::is_same_v<Level, Score>) return {scores, nullptr};
+    return {nullptr, scores};
+  }
+
+  __device__ Level operator[](int32_t i) const {
+    if constexpr (std::is_same_v<Level, Score>) return levels[i];
+    return levels != nullptr ? levels[i] : Gate::level(scores[i], i);
+  }
+};
+
+// The keys that matter to one position, but for those whose state is known.
+template <typename Gate>
+struct Nearby {
+  Keys<Gate> keys;
+  int32_t count;
+  const uint64_t* fixed;  // [count] keys in fixed point, or null
+};
+
+template <typename Real>
+struct Mass {
+  Real kept = 0;   // sum of the gates
+  Real slope = 0;  // number of fractional ones, by which the sum falls per unit of the level
+};
+
+enum class State { kDropped, kActive, kFractional, kSaturated };
+
+// Scores in units of 2^-62, modulo 4: sums of differences are exact, and so independent of their order.
+__device__ inline uint64_t fixed_point(uint64_t mantissa, int shift, bool negative) {
+  const uint64_t size = shift >= 64 || shift <= -64 ? 0 : shift >= 0 ? mantissa << shift : mantissa >> -shift;
+  return negative ? 0 - size : size;
+}
+
+__device__ inline uint64_t fixed_point(float score) {
+  const uint32_t bits = __float_as_uint(score);
+  const int exponent = bits >> 23 & 0xff;
+  return fixed_point(bits & 0x7fffff | (exponent ? 0x800000 : 0), max(exponent, 1) - 150 + 62, bits >> 31);
+}
+
+__device__ inline uint64_t fixed_point(double score) {
+  const uint64_t bits = __double_as_longlong(score);
+  const int exponent = bits >> 52 & 0x7ff;
+  const uint64_t mantissa = bits & 0xfffffffffffff | (exponent ? 0x10000000000000 : 0);
+  return fixed_point(mantissa, max(exponent, 1) - 1075 + 62, bits >> 63);
+}
+
+// Of scores less than 2 apart.
+template <typename T>
+__device__ int64_t fixed_difference(T a, T b) {
+  return static_cast<int64_t>(fixed_point(a) - fixed_point(b));
+}
+
+__device__ inline double to_double(__int128 fixed) {
+  const bool negative = fixed < 0;
+  const unsigned __int128 size = negative ? -fixed : fixed;
+  const double high = static_cast<double>(static_cast<uint64_t>(size >> 64));
+  const double sum = (high * 0x1p64 + static_cast<double>(static_cast<uint64_t>(size))) * 0x1p-62;
+  return negative ? -sum : sum;
+}
+
+__device__ inline float round_down(double x, float) { return __double2float_rd(x); }
+__device__ inline float round_up(double x, float) { return __double2float_ru(x); }
+__device__ inline double round_down(double x, double) { return x; }
+__device__ inline double round_up(double x, double) { return x; }
+__device__ inline float saturate(float x) { return __saturatef(x); }
+__device__ inline double saturate(double x) { return fmin(fmax(x, 0.0), 1.0); }
+
+// Rough for float, where it only guides a search.
+__device__ inline float quotient(float a, float b) { return __fdividef(a, b); }
+__device__ inline double quotient(double a, double b) { return a / b; }
+
+template <typename T>
+struct SoftGate {
+  using Score = T;
+  using Real = T;  // of approximate sums
+  using Level = T;
+  static constexpr bool kHard = false;
+  static constexpr T kHighest = std::numeric_limits<T>::infinity();  // pinned; as a result: only these are kept
+  static constexpr T kLowest = -kHighest;                            // no candidate; as a result: all are kept
+
+  __device__ static Level level(T score, int32_t) { return score; }
+  __device__ static Real budget(int64_t num_keys) { return static_cast<Real>(num_keys); }
+  // A level at which everything from `lowest` on is saturated.
+  __device__ static Level below(Level lowest) { return nextafter(lowest - 1, kLowest); }
+  __device__ static Level middle(Level low, Level high) { return low / 2 + high / 2; }
+  __device__ static Level newton(Level at, Real excess, Real slope) { return at + quotient(excess, slope); }
+
+  __device__ static void add(Level key, Level at, Mass<Real>& mass) {
+    const T gate = saturate(key - at);
+    mass.kept += gate;
+    mass.slope += gate > 0 && gate < 1 ? 1 : 0;
+  }
+
+  // For all levels from low to high. The differences round monotonically: what is called fractional or saturated is.
+  __device__ static State state(Level key, Level low, Level high) {
+    if (!(key > low)) return State::kDropped;
+    if (key > high && key - low < 1) return State::kFractional;
+    return key - high > 1 ? State::kSaturated : State::kActive;
+  }
+
+  // Keys that stay saturated or fractional throughout an interval of levels.
+  struct Settled {
+    __int128 sum = 0;  // of the fractional scores less the origin, in fixed point
+    Real total = 0;    // the same, once reduced
+    T origin = 0;
+    T lowest = kHighest;  // fractional score
+    int32_t fractional = 0;
+    int32_t saturated = 0;
+
+    __device__ void add(const Settled& other) {
+      sum += other.sum;
+      total += other.total;
+      lowest = lower_of(lowest, other.lowest);
+      fractional += other.fractional;
+      saturated += other.saturated;
+    }
+
+    __device__ void count(Level key, State state) {
+      if (state == State::kSaturated) ++saturated;
+      if (state != State::kFractional) return;
+      ++fractional;
+      sum += fixed_difference(key, origin);
+      lowest = lower_of(lowest, key);
+    }
+
+    // Over the threads of a group. No score lies below the origin, and 2^9 threads sum up 22 bits in 32.
+    template <typename Group>
+    __device__ void reduce(Group& group) {
+      constexpr int kBits = 22, kLimbs = 5;
+      uint32_t counts[2] = {static_cast<uint32_t>(fractional), static_cast<uint32_t>(saturated)};
+      uint32_t limbs[kLimbs];
+#pragma unroll
+      for (int i = 0; i < kLimbs; ++i) limbs[i] = static_cast<uint32_t>(sum >> i * kBits) & ((1 << kBits) - 1);
+      group.sum(counts);
+      fractional = counts[0];
+      saturated = counts[1];
+      if (fractional == 0) return;
+      group.sum(limbs);
+      sum = 0;
+#pragma unroll
+      for (int i = 0; i < kLimbs; ++i) sum += static_cast<__int128>(limbs[i]) << i * kBits;
+      total = static_cast<Real>(to_double(sum));
+      Level highest = kLowest;
+      group.bound(lowest, highest);
+    }
+
+    // What keys are counted on top of. With fractional keys the interval is narrower than 1, which leaves everything
+    // fractional within 2 of the origin, as fixed point demands.
+    __device__ static Settled none(T origin) {
+      Settled settled;
+      settled.origin = origin;
+      return settled;
+    }
+    __device__ T origin_within(Level low) const { return fractional > 0 ? origin : low; }
+
+    __device__ void add_to(Level at, Mass<Real>& mass) const {
+      mass.kept += saturated;
+      if (fractional == 0) return;
+      mass.kept += total - fractional * (at - origin);
+      mass.slope += fractional;
+    }
+  };
+
+  // The lowest level between low and high at which the gates sum to k, rounded down, but below all that it keeps.
+  __device__ static Level solve(const Nearby<SoftGate>& nearby, const Settled& settled, Level low, Level high,
+                                int64_t num_keys, float share_of_interval);
+};
+
+template <typename T>
+__device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& settled, T low, T high, int64_t num_keys,
+                                float share_of_interval) {
+  constexpr int kApproximateSteps = 2;
+  constexpr int kMaxSteps = 256;
+  T guess = low + (high - low) * share_of_interval;
+  if (!(guess >= low && guess <= high)) guess = middle(low, high);
+  {
+    T a = low, b = high;
+    const Real budget_left = budget(num_keys) - settled.saturated;
+    for (int step = 0; step < kApproximateSteps; ++step) {
+      Mass<Real> mass;
+      if (settled.fractional > 0) {
+        mass.kept = settled.total - settled.fractional * (guess - settled.origin);
+        mass.slope = settled.fractional;
+      }
+#pragma unroll 4
+      for (int32_t i = 0; i < nearby.count; ++i) add(nearby.keys[i], guess, mass);
+      const Real excess = mass.kept - budget_left;
+      (excess > 0 ? a : b) = guess;
+      const T next = newton(guess, excess, mass.slope);
+      guess = next >= a && next <= b ? next : middle(a, b);
+    }
+  }
+  double a = low, b = high, at = guess;
+  bool last = false;  // a and b are next to each other
+  for (int step = 0; step < kMaxSteps; ++step) {
+    // For T = float the comparisons with these bounds are exact.
+    const T dropped_to = round_down(at, T()), saturated_from = round_up(at + 1, T());
+    int32_t saturated = settled.saturated, fractional = settled.fractional;
+    __int128 sum = settled.sum;
+    T lowest = settled.lowest, highest = kLowest, highest_dropped = low, lowest_saturated = kHighest;
+    // Everything fractional lies within 2 of this origin, or is the same number.
+    const uint64_t origin = fixed_point(dropped_to);
+    sum += static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(settled.origin) - origin);
+#pragma unroll 1
+    for (int32_t i = 0; i < nearby.count; ++i) {
+      const T key = nearby.keys[i];
+      const bool is_dropped = !(key > dropped_to), is_saturated = key >= saturated_from;
+      const bool is_fractional = !is_dropped && !is_saturated;
+      const uint64_t fixed = nearby.fixed != nullptr ? nearby.fixed[i] : fixed_point(key);
+      sum += is_fractional ? static_cast<int64_t>(fixed - origin) : 0;
+      fractional += is_fractional ? 1 : 0;
+      saturated += is_saturated ? 1 : 0;
+      highest_dropped = higher_of(highest_dropped, is_dropped ? key : kLowest);
+      lowest_saturated = lower_of(lowest_saturated, is_saturated ? key : kHighest);
+      lowest = lower_of(lowest, is_fractional ? key : kHighest);
+      highest = higher_of(highest, is_fractional ? key : kLowest);
+    }
+    const int64_t share = num_keys - saturated;  // what the fractional gates must sum to
+    double root = highest_dropped;
+    bool solved = last;
+    if (share == fractional && (fractional == 0 || highest_dropped <= static_cast<double>(lowest) - 1)) {
+      // Whole gates alone: of all levels between the dropped and the saturated keys, the lowest.
+      solved = true;
+      lowest = kHighest;
+    } else if (fractional > 0) {
+      // Relative to the lowest fractional score: its own gate decides, by an exact sign, whether it is one.
+      const __int128 above =
+          sum - static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(lowest) - origin);
+      const __int128 excess = above - (static_cast<__int128>(share) << 62);
+      root = lowest + to_double(excess) / fractional;
+      solved |= excess < 0 && root >= highest_dropped && root <= static_cast<double>(lowest_saturated) - 1 &&
+                root >= static_cast<double>(highest) - 1;
+      if (last && root < highest_dropped) root = highest_dropped;
+    }
+    if (solved || step + 1 == kMaxSteps) {
+      T rounded = round_down(root, T());
+      if (rounded >= lowest) rounded = nextafter(lowest, kLowest);
+      return rounded;
+    }
+    const bool too_low = fractional > 0 ? root > at : share < 0;
+    (too_low ? a : b) = at;
+    at = fractional > 0 && root > a && root < b ? root : a / 2 + b / 2;
+    if (!(at > a && at < b)) {
+      at = b;
+      last = true;
+    }
+  }
+  return low;  // not reached
+}
+
+template <typename T>
+struct HardGate {
+  using Score = T;
+  using Real = T;
+  using Level = sparsek::cuda::Level<T, true>;
+  static constexpr bool kHard = true;
+  static constexpr Level kLowest = 0;
+  static constexpr Level kHighest = ~Level(0);
+
+  __device__ static Level level(T score, int32_t key) {
+    if (!(score > -std::numeric_limits<T>::infinity())) return kLowest;
+    if (score == std::numeric_limits<T>::infinity()) return kHighest;
+    return static_cast<Level>(ordered(score + T(0))) << 32 | ~static_cast<uint32_t>(key);  // + 0: -0 ties with 0
+  }
+
+  // Between the counts of the k-th highest level and of the one before.
+  __device__ static Real budget(int64_t num_keys) { return static_cast<Real>(num_keys) - Real(0.5); }
+  __device__ static Level below(Level lowest) { return lowest - 1; }
+  __device__ static Level middle(Level low, Level high) { return low + (high - low) / 2; }
+  __device__ static Level newton(Level, Real, Real) { return kLowest; }  // counts have no slope: halves intervals
+  __device__ static void add(Level key, Level at, Mass<Real>& mass) { mass.kept += key > at ? 1 : 0; }
+
+  __device__ static State state(Level key, Level low, Level high) {
+    return !(key > low) ? State::kDropped : key > high ? State::kSaturated : State::kActive;
+  }
+
+  struct Settled {
+    int32_t saturated = 0;
+
+    __device__ void add(const Settled& other) { saturated += other.saturated; }
+    template <typename Group>
+    __device__ void reduce(Group& group) {
+      uint32_t counts[1] = {static_cast<uint32_t>(saturated)};
+      group.sum(counts);
+      saturated = counts[0];
+    }
+    __device__ void count(Level, State state) { saturated += state == State::kSaturated ? 1 : 0; }
+    __device__ static Settled none(Level) { return {}; }
+    __device__ Level origin_within(Level low) const { return low; }
+    __device__ void add_to(Level, Mass<Real>& mass) const { mass.kept += saturated; }
+  };
+
+  // The k-th highest level.
+  __device__ static Level solve(const Nearby<HardGate>& nearby, const Settled& settled, Level low, Level high,
+                                int64_t num_keys, float) {
+    while (low < high) {
+      const Level at = middle(low, high);
+      int64_t above = settled.saturated;
+      Level lowest_above = high, highest_below = low;
+#pragma unroll 1
+      for (int32_t i = 0; i < nearby.count; ++i) {
+        const Level key = nearby.keys[i];
+        if (key > at) {
+          ++above;
+          lowest_above = lower_of(lowest_above, key);
+        } else {
+          highest_below = higher_of(highest_below, key);
+        }
+      }
+      if (above == num_keys) return lowest_above;
+      if (above == num_keys - 1) return highest_below;
+      (above > num_keys ? low : high) = above > num_keys ? lowest_above : highest_below;
+    }
+    return low;
+  }
+
+ private:
+  __device__ static uint32_t ordered(float score) {
+    const uint32_t bits = __float_as_uint(score), sign = 1u << 31;
+    return bits & sign ? ~bits : bits | sign;
+  }
+  __device__ static uint64_t ordered(double score) {
+    const uint64_t bits = __double_as_longlong(score), sign = uint64_t{1} << 63;
+    return bits & sign ? ~bits : bits | sign;
+  }
+};
+
+}  // namespace sparsek::cuda

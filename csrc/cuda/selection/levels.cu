@@ -1,0 +1,472 @@
+// Thresholds, or k-th highest levels, after every key: bounds at the starts of chunks first, one chunk after the other,
+// then all tiles of all chunks at once.
+#include <algorithm>
+
+#include "cuda/common/device.h"
+#include "cuda/selection/gates.cuh"
+#include "cuda/selection/group.cuh"
+#include "cuda/selection/narrow.cuh"
+#include "cuda/selection/params.h"
+
+namespace sparsek::cuda {
+namespace {
+
+constexpr int kWalkThreads = 512;  // of find_survivors
+constexpr int kTileThreads = 256;  // of solve_tiles
+constexpr int kTile = 512;         // keys
+constexpr int kRuns = kTile / kWarpSize;
+constexpr int kWarps = kTileThreads / kWarpSize;
+constexpr int kMaxNearby = 96;                       // keys that a warp looks at closely, before those of its own run
+constexpr int kNearbyRoom = kMaxNearby + kWarpSize;  // with those
+constexpr Items kTiles{kTile, 1};
+static_assert(kRuns <= kWarpSize);
+
+template <typename Gate>
+constexpr int kChunkOf = kChunk<typename Gate::Score, Gate::kHard>;
+template <typename Gate>
+constexpr int kMaxSurvivorsOf = kMaxSurvivors<typename Gate::Score, Gate::kHard>;
+template <typename Gate>
+using Params = LevelParams<typename Gate::Score, Gate::kHard>;
+
+// One sequence and key/value head.
+template <typename Gate>
+struct Column {
+  const typename Gate::Score* scores;  // [keys]
+  typename Gate::Level* after_key;     // [keys]
+  int64_t first_start;                 // index of the start of chunk 1, in [chunk starts, G]
+  int64_t start_stride;
+  int32_t candidates;  // keys that are one for some position
+
+  __device__ Column(const Params<Gate>& params, int64_t s, int64_t group) {
+    const Sequence sequence = params.sequences.at(s);
+    const int64_t offset = (sequence.batch * params.groups + group) * params.sequences.keys + sequence.key_begin;
+    scores = params.table + offset;
+    after_key = params.after_key + offset;
+    const Items chunks{kChunkOf<Gate>, 0};
+    first_start = params.sequences.first_item(params.sequences.cu_k, params.sequences.keys, chunks, s) * params.groups;
+    first_start += group;
+    start_stride = params.groups;
+    const int64_t left = sequence.keys - (params.pattern.causal ? params.pattern.window : 0);
+    candidates = static_cast<int32_t>(left > 0 ? left : 0);
+  }
+
+  // Of chunk `chunk` > 0.
+  __device__ int64_t start(int32_t chunk) const { return first_start + (chunk - 1) * start_stride; }
+};
+
+// A bound at which more than k are left, once there is one, proves that there are more than k candidates.
+template <typename Gate>
+__device__ bool is_bounded(typename Gate::Level lower, int64_t count, int64_t num_keys) {
+  return lower > Gate::kLowest || count > num_keys;
+}
+
+// What a set of keys allows as levels.
+template <typename Gate>
+struct Survey {
+  typename Gate::Level lowest = Gate::kHighest;  // neither excluded nor pinned
+  typename Gate::Level highest = Gate::kLowest;
+  int32_t count = 0;
+  int32_t pinned = 0;
+
+  __device__ void visit(typename Gate::Level key, typename Gate::Level lower) {
+    if (!(key > lower)) return;
+    ++count;
+    if (key == Gate::kHighest) {
+      ++pinned;
+    } else {
+      lowest = lower_of(lowest, key);
+      highest = higher_of(highest, key);
+    }
+  }
+
+  __device__ void add(const Survey& other) {
+    lowest = lower_of(lowest, other.lowest);
+    highest = higher_of(highest, other.highest);
+    count += other.count;
+    pinned += other.pinned;
+  }
+
+  // Over the threads of a block: the counts alone, or everything.
+  template <typename Block>
+  __device__ Survey reduce_counts(Block& block) const {
+    uint32_t counts[2] = {static_cast<uint32_t>(count), static_cast<uint32_t>(pinned)};
+    block.sum(counts);
+    Survey reduced = *this;
+    reduced.count = counts[0];
+    reduced.pinned = counts[1];
+    return reduced;
+  }
+  template <typename Block>
+  __device__ void reduce(Block& block) {
+    *this = reduce_counts(block);
+    block.bound(lowest, highest);
+  }
+};
+
+// Survivors of every chunk start: a superset of the keys that are kept from there on.
+template <typename Gate>
+__global__ void __launch_bounds__(kWalkThreads) find_survivors(Params<Gate> params) {
+  using Block = BlockGroup<kWalkThreads>;
+  using Level = typename Gate::Level;
+  using Real = typename Gate::Real;
+  constexpr int kLength = kChunkOf<Gate>, kRoom = kMaxSurvivorsOf<Gate>;
+  extern __shared__ __align__(16) char memory[];
+  __shared__ __align__(16) char scratch[Block::kScratch];
+  Level* const list = reinterpret_cast<Level*>(memory);  // [kRoom + kLength]
+  Block block{static_cast<int>(threadIdx.x), scratch};
+  const int64_t s = divide(blockIdx.x, params.groups);
+  const Column<Gate> column(params, s, blockIdx.x - s * params.groups);
+
+  Level lower = Gate::kLowest;
+  int32_t count = 0;
+  bool listed = true;  // else all keys so far stand for the survivors
+  for (int32_t chunk = 1; static_cast<int64_t>(chunk) * kLength < column.candidates; ++chunk) {
+    const int32_t end = chunk * kLength;
+    const auto survives = [&](Level key) { return key > lower; };
+    if (listed) {
+      const auto load = [&](int i) { return Gate::level(column.scores[end - kLength + i], end - kLength + i); };
+      count += compact(block, kLength, load, survives, list + count, kLength);
+    } else {
+      count = end;
+    }
+    const auto keys = listed ? Keys<Gate>::of_levels(list) : Keys<Gate>::of_scores(column.scores);
+
+    Survey<Gate> survey;
+#pragma unroll 1
+    for (int32_t i = block.rank; i < count; i += Block::kSize) survey.visit(keys[i], lower);
+    survey.reduce(block);
+    if (survey.pinned >= params.num_keys) {
+      lower = Gate::kHighest;
+    } else if (survey.count > 0 && is_bounded<Gate>(lower, survey.count, params.num_keys)) {
+      if (lower == Gate::kLowest) lower = Gate::below(survey.lowest);
+      const Real num_keys = static_cast<Real>(params.num_keys);
+      const auto accuracy = Accuracy<Real>::of(num_keys, count, Block::kSize, 1 + num_keys / 64);
+      const auto masses = [&](Level at, Level) {
+        MassPair<Real> mass;
+#pragma unroll 2
+        for (int32_t i = block.rank; i < count; i += Block::kSize) Gate::add(keys[i], at, mass.first);
+        mass.sum(block, accuracy);
+        return mass;
+      };
+      Level upper = survey.highest;
+      narrow<Gate>(masses, Gate::budget(params.num_keys), accuracy, true, false, lower, upper);
+    }
+
+    // Shortens the list, or starts it afresh.
+    const int32_t survivors = compact(block, count, [&](int i) { return keys[i]; }, survives, list, kRoom);
+    const int64_t start = column.start(chunk);
+    listed = survivors <= kRoom;
+    count = listed ? survivors : 0;
+    if (block.rank == 0) {
+      params.lower[start] = lower;
+      params.survivor_count[start] = listed ? count : Params<Gate>::kUncounted;
+    }
+    for (int32_t i = block.rank; i < count; i += Block::kSize) params.survivors[start * kRoom + i] = list[i];
+  }
+}
+
+// Shared memory of a tile.
+template <typename Gate>
+struct TileMemory {
+  using Level = typename Gate::Level;
+  uint64_t* fixed;  // [kWarps, kNearbyRoom]
+  Level* nearby;    // [kWarps, kNearbyRoom]
+  Level* list;      // [keys that survive or follow in the chunk]
+
+  __device__ explicit TileMemory(char* memory)
+      : fixed(reinterpret_cast<uint64_t*>(memory)),
+        nearby(reinterpret_cast<Level*>(fixed + kWarps * kNearbyRoom)),
+        list(nearby + kWarps * kNearbyRoom) {}
+
+  static int64_t bytes(int64_t listed) {
+    return kWarps * kNearbyRoom * sizeof(uint64_t) + (kWarps * kNearbyRoom + listed) * sizeof(Level);
+  }
+};
+
+// The keys of a tile in the order of the sequence: those from before it, then its own.
+template <typename Gate>
+struct Tile {
+  using Level = typename Gate::Level;
+  using Real = typename Gate::Real;
+  using Settled = typename Gate::Settled;
+  Keys<Gate> keys;
+  Level lower;      // bound of all results: keys count if they are above
+  Level low, high;  // bounds of its finite results
+  Settled settled;  // keys that are not listed
+  int64_t num_keys;
+
+  // Sums over the first `count_low` and `count_high` keys at one level each.
+  template <typename Group>
+  __device__ MassPair<Real> masses(Group& group, int32_t count_low, int32_t count_high, Level at_low, Level at_high,
+                                   const Accuracy<Real>& accuracy) const {
+    MassPair<Real> mass;
+    int32_t i = group.rank;
+#pragma unroll 2
+    for (; i < count_low; i += Group::kSize) {
+      Gate::add(keys[i], at_low, mass.first);
+      Gate::add(keys[i], at_high, mass.second);
+    }
+#pragma unroll 1
+    for (; i < count_high; i += Group::kSize) Gate::add(keys[i], at_high, mass.second);
+    mass.sum(group, accuracy);
+    settled.add_to(at_low, mass.first);
+    settled.add_to(at_high, mass.second);
+    return mass;
+  }
+};
+
+// One position per lane of a warp.
+template <typename Gate>
+struct Run {
+  using Level = typename Gate::Level;
+  bool has_key;
+  int32_t first;              // listed keys before those of this run
+  int32_t count;              // listed keys of this run
+  int32_t mine;               // of these, those up to this lane's
+  int32_t candidates;         // keys above Tile::lower up to this lane's
+  int32_t candidates_before;  // and before the run
+  int32_t pinned;             // the same of pinned keys
+  int32_t pinned_before;
+  Level* nearby;    // [kNearbyRoom] in shared memory
+  uint64_t* fixed;  // [kNearbyRoom] in shared memory
+};
+
+template <typename Gate>
+__device__ typename Gate::Level solve_run(const Tile<Gate>& tile, const Run<Gate>& own) {
+  using Level = typename Gate::Level;
+  using Real = typename Gate::Real;
+  using Settled = typename Gate::Settled;
+  WarpGroup warp{static_cast<int>(threadIdx.x % kWarpSize)};
+  const Level otherwise = own.pinned >= tile.num_keys ? Gate::kHighest : Gate::kLowest;
+  const bool bounded = is_bounded<Gate>(tile.lower, own.candidates, tile.num_keys);
+  const bool solves = own.has_key && bounded && own.pinned < tile.num_keys;
+  if (!__any_sync(kAllLanes, solves)) return otherwise;
+
+  Level low = tile.low, high = tile.high;
+  const bool from_low =
+      is_bounded<Gate>(tile.lower, own.candidates_before, tile.num_keys) && own.pinned_before < tile.num_keys;
+  const bool from_high = __all_sync(kAllLanes, own.pinned < tile.num_keys);
+  const int32_t end = own.first + own.count;
+  const auto accuracy = Accuracy<Real>::of(static_cast<Real>(tile.num_keys), end, kWarpSize, 1);
+  const auto masses = [&](Level at_low, Level at_high) {
+    return tile.masses(warp, own.first, end, at_low, at_high, accuracy);
+  };
+  narrow<Gate>(masses, Gate::budget(tile.num_keys), accuracy, from_low, from_high, low, high);
+
+  // Keys active between these bounds, then the warp's own; where there are too many, all that the tile lists.
+  Settled settled = Settled::none(tile.settled.origin_within(low));
+  int count = 0;
+#pragma unroll 1
+  for (int32_t i = warp.rank; i - warp.rank < own.first; i += kWarpSize) {
+    const Level key = i < own.first ? tile.keys[i] : Gate::kLowest;
+    const State state = Gate::state(key, low, high);
+    settled.count(key, state);
+    const unsigned active = __ballot_sync(kAllLanes, state == State::kActive);
+    const int slot = count + __popc(active & lanes_before(warp.rank));
+    if (state == State::kActive && slot < kMaxNearby) own.nearby[slot] = key;
+    count += __popc(active);
+  }
+  Nearby<Gate> nearby{tile.keys, own.first + own.mine, nullptr};
+  if (count <= kMaxNearby) {
+    if (warp.rank < own.count) own.nearby[count + warp.rank] = tile.keys[own.first + warp.rank];
+    __syncwarp();
+    if constexpr (!Gate::kHard)
+      for (int i = warp.rank; i < count + own.count; i += kWarpSize) own.fixed[i] = fixed_point(own.nearby[i]);
+    __syncwarp();
+    nearby = {Keys<Gate>::of_levels(own.nearby), count + own.mine, own.fixed};
+    settled.reduce(warp);
+    settled.add(tile.settled);
+  } else {
+    settled = tile.settled;
+  }
+  if (!solves) return otherwise;
+  return Gate::solve(nearby, settled, low, high, tile.num_keys, (warp.rank + 1) / float(kWarpSize + 1));
+}
+
+template <typename Gate>
+__global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> params) {
+  using Block = BlockGroup<kTileThreads>;
+  using Level = typename Gate::Level;
+  using Real = typename Gate::Real;
+  using Settled = typename Gate::Settled;
+  constexpr int kLength = kChunkOf<Gate>, kRoom = kMaxSurvivorsOf<Gate>;
+  static_assert(kLength % kTile == 0);
+  extern __shared__ __align__(16) char memory[];
+  __shared__ __align__(16) char scratch[Block::kScratch];
+  __shared__ uint32_t run_counts[kRuns];  // keys above Tile::lower, and pinned ones times 2^16
+  const TileMemory<Gate> shared(memory);
+  Block block{static_cast<int>(threadIdx.x), scratch};
+
+  const int64_t item = divide(blockIdx.x, params.groups), group = blockIdx.x - item * params.groups;
+  const Sequences& sequences = params.sequences;
+  const bool causal = params.pattern.causal;
+  const int64_t s = causal ? sequences.find(sequences.cu_k, sequences.keys, kTiles, item) : item;
+  const Column<Gate> column(params, s, group);
+  const int64_t first =
+      causal ? (item - sequences.first_item(sequences.cu_k, sequences.keys, kTiles, s)) * kTile : column.candidates - 1;
+  if (first < 0 || first >= column.candidates) return;
+  const int32_t begin = static_cast<int32_t>(first), count = min(kTile, column.candidates - begin);
+  const auto write_all = [&](Level result) {
+    for (int i = block.rank; i < count; i += Block::kSize) column.after_key[begin + i] = result;
+  };
+
+  // Survivors of the chunk's start, and what followed in the chunk.
+  Tile<Gate> tile;
+  tile.num_keys = params.num_keys;
+  tile.lower = Gate::kLowest;
+  int32_t old = 0;  // keys from before the tile
+  const int32_t chunk = begin / kLength, chunk_begin = chunk * kLength;
+  if (chunk > 0) {
+    const int64_t start = column.start(chunk);
+    tile.lower = params.lower[start];
+    old = params.survivor_count[start];
+#pragma unroll 2
+    for (int32_t i = block.rank; i < old; i += Block::kSize) shared.list[i] = params.survivors[start * kRoom + i];
+  }
+  if (tile.lower == Gate::kHighest) return write_all(Gate::kHighest);
+  const bool listed = old != Params<Gate>::kUncounted;
+  const auto survives = [&](Level key) { return key > tile.lower; };
+  const auto load = [&](int i) { return Gate::level(column.scores[chunk_begin + i], chunk_begin + i); };
+  if (listed) {
+    tile.keys = Keys<Gate>::of_levels(shared.list);
+    old += compact(block, begin - chunk_begin, load, survives, shared.list + old, kLength);
+  } else {
+    tile.keys = Keys<Gate>::of_scores(column.scores);
+    old = begin;
+  }
+
+  // The tile's own keys, in runs of a warp each.
+  const unsigned up_to_own = lanes_before(block.lane()) | 1u << block.lane();
+  const auto own_key = [&](int run) {
+    const int i = run * kWarpSize + block.lane();
+    return i < count ? load(begin - chunk_begin + i) : Gate::kLowest;
+  };
+  Survey<Gate> survey_own;
+#pragma unroll 1
+  for (int run = block.warp(); run < kRuns; run += kWarps) {
+    const Level key = own_key(run);
+    survey_own.visit(key, tile.lower);
+    const int num_pinned = __popc(__ballot_sync(kAllLanes, key == Gate::kHighest));
+    const int num_entering = __popc(__ballot_sync(kAllLanes, survives(key)));
+    if (block.lane() == 0) run_counts[run] = num_entering | num_pinned << 16;
+  }
+
+  Survey<Gate> survey;
+#pragma unroll 1
+  for (int32_t i = block.rank; i < old; i += Block::kSize) survey.visit(tile.keys[i], tile.lower);
+  const Survey<Gate> survey_old = survey.reduce_counts(block);
+  survey.add(survey_own);
+  survey.reduce(block);
+  const uint32_t counts_of_lane = block.lane() < kRuns ? run_counts[block.lane()] : 0;
+  const int32_t entering = survey.count - survey_old.count;
+  const auto list_own = [&](Level* list) {
+#pragma unroll 1
+    for (int run = block.warp(); run < kRuns; run += kWarps) {
+      const Level key = own_key(run);
+      const int before = __reduce_add_sync(kAllLanes, block.lane() < run ? counts_of_lane : 0) & 0xffff;
+      const unsigned mask = __ballot_sync(kAllLanes, survives(key));
+      if (survives(key)) list[before + __popc(mask & lanes_before(block.lane()))] = key;
+    }
+  };
+  if (survey_old.pinned >= tile.num_keys) return write_all(Gate::kHighest);
+  const bool bounded = is_bounded<Gate>(tile.lower, survey.count, tile.num_keys);
+  if (!bounded && survey.pinned < tile.num_keys) return write_all(Gate::kLowest);
+  if (listed) list_own(shared.list + old);
+  __syncthreads();
+
+  tile.low = tile.lower > Gate::kLowest ? tile.lower : Gate::below(survey.lowest);
+  tile.high = survey.highest;
+  tile.settled = Settled::none(tile.low);
+  const int32_t end = old + (listed ? entering : count);
+  const Real num_keys = static_cast<Real>(tile.num_keys);
+  const auto accuracy = Accuracy<Real>::of(num_keys, end, Block::kSize, 1 + num_keys / 64);
+  const auto masses = [&](Level at_low, Level at_high) {
+    return tile.masses(block, old, end, at_low, at_high, accuracy);
+  };
+  narrow<Gate>(masses, Gate::budget(tile.num_keys), accuracy,
+               is_bounded<Gate>(tile.lower, survey_old.count, tile.num_keys), survey.pinned < tile.num_keys, tile.low,
+               tile.high);
+
+  // Keys active between these bounds. Where there are too many, which takes a sequence that is its own list, all count.
+  Settled settled = Settled::none(tile.low);
+  const auto is_active = [&](Level old_key) {
+    const State state = Gate::state(old_key, tile.low, tile.high);
+    settled.count(old_key, state);
+    return state == State::kActive;
+  };
+  const int32_t room = listed ? old : kRoom + kLength - kTile;
+  const int32_t active = compact(block, old, [&](int i) { return tile.keys[i]; }, is_active, shared.list, room);
+  const bool shortened = active <= room;
+  if (shortened) {
+    settled.reduce(block);
+    tile.settled = settled;
+    tile.keys = Keys<Gate>::of_levels(shared.list);
+    old = active;
+    list_own(shared.list + old);
+  }
+  __syncthreads();
+
+#pragma unroll 1
+  for (int run = block.warp(); run < kRuns; run += kWarps) {
+    const Level key = own_key(run);
+    const unsigned mask = __ballot_sync(kAllLanes, survives(key));
+    const unsigned pinned_mask = __ballot_sync(kAllLanes, key == Gate::kHighest);
+    const uint32_t before = __reduce_add_sync(kAllLanes, block.lane() < run ? counts_of_lane : 0);
+    const int num_keys_of_run = max(0, min(kWarpSize, count - run * kWarpSize));
+    const bool all_listed = !shortened;  // the sequence itself is the list
+    Run<Gate> own;
+    own.has_key = block.lane() < num_keys_of_run;
+    own.first = old + (all_listed ? min(run * kWarpSize, count) : static_cast<int32_t>(before & 0xffff));
+    own.count = all_listed ? num_keys_of_run : __popc(mask);
+    own.mine = all_listed ? min(num_keys_of_run, block.lane() + 1) : __popc(mask & up_to_own);
+    own.candidates_before = survey_old.count + (before & 0xffff);
+    own.candidates = own.candidates_before + __popc(mask & up_to_own);
+    own.pinned_before = survey_old.pinned + (before >> 16);
+    own.pinned = own.pinned_before + __popc(pinned_mask & up_to_own);
+    own.nearby = shared.nearby + block.warp() * kNearbyRoom;
+    own.fixed = shared.fixed + block.warp() * kNearbyRoom;
+    const Level result = solve_run<Gate>(tile, own);
+    if (own.has_key) column.after_key[begin + run * kWarpSize + block.lane()] = result;
+    __syncwarp();
+  }
+}
+
+template <typename Gate>
+void launch(const Params<Gate>& params, cudaStream_t stream) {
+  const Sequences& sequences = params.sequences;
+  const int64_t columns = sequences.count * params.groups;
+  const int64_t tiles =
+      params.pattern.causal ? sequences.num_items(sequences.cu_k, sequences.keys, kTiles) * params.groups : columns;
+  if (tiles == 0 || sequences.keys == 0) return;
+  const int64_t capacity = kMaxSurvivorsOf<Gate> + kChunkOf<Gate>;
+  if (sequences.keys > kChunkOf<Gate>) {
+    const int size = static_cast<int>(capacity * sizeof(typename Gate::Level));
+    check_cuda(cudaFuncSetAttribute(find_survivors<Gate>, cudaFuncAttributeMaxDynamicSharedMemorySize, size),
+               "shared memory of find_survivors");
+    find_survivors<Gate><<<static_cast<unsigned>(columns), kWalkThreads, size, stream>>>(params);
+    check_cuda(cudaGetLastError(), "find_survivors");
+  }
+  const int size = static_cast<int>(TileMemory<Gate>::bytes(std::min(capacity, sequences.keys)));
+  check_cuda(cudaFuncSetAttribute(solve_tiles<Gate>, cudaFuncAttributeMaxDynamicSharedMemorySize, size),
+             "shared memory of solve_tiles");
+  solve_tiles<Gate><<<static_cast<unsigned>(tiles), kTileThreads, size, stream>>>(params);
+  check_cuda(cudaGetLastError(), "solve_tiles");
+}
+
+}  // namespace
+
+template <typename T, bool kHard>
+void launch_levels(const LevelParams<T, kHard>& params, cudaStream_t stream) {
+  if constexpr (kHard) {
+    launch<HardGate<T>>(params, stream);
+  } else {
+    launch<SoftGate<T>>(params, stream);
+  }
+}
+
+template void launch_levels(const LevelParams<float, false>&, cudaStream_t);
+template void launch_levels(const LevelParams<float, true>&, cudaStream_t);
+template void launch_levels(const LevelParams<double, false>&, cudaStream_t);
+template void launch_levels(const LevelParams<double, true>&, cudaStream_t);
+
+}  // namespace sparsek::cuda
