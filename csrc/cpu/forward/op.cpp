@@ -27,9 +27,11 @@ void launch_forward(const Tensor& query, const Tensor& key, const Tensor& value,
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& scores,
                                    const Tensor& threshold, const Tensor& expiry, std::optional<Tensor> cu_seqlens_q,
                                    std::optional<Tensor> cu_seqlens_k, int64_t window, bool causal, bool hard,
-                                   double scale, std::optional<ScalarType> out_dtype,
-                                   std::optional<std::string> kernel) {
-  STD_TORCH_CHECK(!kernel.has_value(), "the CPU has one kernel, got kernel=", *kernel);
+                                   double scale, std::optional<ScalarType> out_dtype, std::optional<std::string> kernel,
+                                   std::optional<std::string> backward_kernel) {
+  STD_TORCH_CHECK(!kernel.has_value() && !backward_kernel.has_value(),
+                  "the CPU has one kernel, got kernel=", kernel.value_or("None"),
+                  " and backward_kernel=", backward_kernel.value_or("None"));
   const Pattern pattern = make_pattern(window, causal, hard);
   const AttentionShape shape = check_attention(query, key, value, scores, threshold, expiry);
   auto sequences = list_sequences(cu_seqlens_q, cu_seqlens_k, shape.batch, shape.queries, shape.keys);

@@ -1,0 +1,60 @@
+// Forward on Hopper: a persistent kernel of one producer and two consumer warpgroups. The producer gathers the rows of
+// each unit of 128 keys with asynchronous copies, K and V apart and a few units ahead; each consumer attends with 64
+// rows of the tile, the products of one running under the softmax of the other. A second launch does the tiles again in
+// which values were not finite.
+#pragma once
+
+#include "cuda/sm90/forward/consumer.cuh"
+#include "cuda/sm90/forward/producer.cuh"
+
+namespace sparsek::cuda::sm90 {
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) forward(const __grid_constant__ ForwardArguments a) {
+  using Shared = typename Traits::Shared;
+  extern __shared__ char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+    barrier_init(shared.query_full, 32 + 1);
+    barrier_init(shared.query_empty, kConsumerWarps);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      barrier_init(shared.key_full[stage], 64 + 2);
+      barrier_init(shared.key_empty[stage], kConsumerWarps);
+      barrier_init(shared.value_full[stage], 32);
+      barrier_init(shared.value_empty[stage], kConsumerWarps);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    give_registers<Traits::kProducerRegisters>();
+    if (threadIdx.x < 64) {
+      KeyProducer<Traits>(a, shared).run();
+    } else if (threadIdx.x < 96) {
+      ValueProducer<Traits>(a, shared).run();
+    } else {
+      QueryProducer<Traits>(a, shared).run();
+    }
+  } else {
+    take_registers<Traits::kConsumerRegisters>();
+    Consumer<Traits>(a, shared).run();
+  }
+}
+
+template <typename Traits>
+void launch_pass(const ForwardArguments& arguments, int multiprocessors, cudaStream_t stream) {
+  const int bytes = sizeof(typename Traits::Shared) + 1024;
+  check_cuda(cudaFuncSetAttribute(forward<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "cudaFuncSetAttribute");
+  const int64_t ctas = std::min<int64_t>(arguments.work, multiprocessors);
+  forward<Traits><<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(arguments);
+  check_cuda(cudaGetLastError(), "forward on sm_90a");
+}
+
+template <typename Element, int kWidth, int kValueWidth>
+void launch_forward(const ForwardArguments& arguments, int multiprocessors, cudaStream_t stream) {
+  launch_pass<ForwardTraits<Element, kWidth, kValueWidth, false>>(arguments, multiprocessors, stream);
+  launch_pass<ForwardTraits<Element, kWidth, kValueWidth, true>>(arguments, multiprocessors, stream);
+}
+
+}  // namespace sparsek::cuda::sm90
