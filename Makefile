@@ -1,9 +1,10 @@
 # Needs Python 3.10 or later with its standard library, g++ and make; each target sets up what else it needs.
 #
 #   make demo     trains the example language model (examples/train_bytes.py)
-#   make test     runs the tests, with both layouts of xFormers
+#   make test     runs the tests, with both layouts of xFormers; compiles the CUDA sources, and needs no GPU for it
+#   make cuda     runs the tests that have a variant for the GPU, on one
 #   make fuzz     draws random cases for much longer than `make test` does
-#   make bench    measures against dense attention on this machine
+#   make bench    measures against dense attention on this machine's CPU; benchmarks/gpu_*.py are run one by one
 #   make lint     checks format and style; `make format` applies them
 #   make clean    removes everything that these made
 
@@ -15,27 +16,34 @@ PY := $(abspath $(VENV)/bin/python)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# One architecture keeps the compilation short; a GPU of another one needs its own, such as 8.0 or 12.0.
+TORCH_CUDA_ARCH_LIST ?= 9.0a
+export TORCH_CUDA_ARCH_LIST
+
 # Two test processes with one thread each are faster than one with two, and more would only wait for each other.
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # xFormers after 0.0.35, which is in no registry yet: our stand-in for it, found before the xFormers of the environment,
 # and the mslk that it re-exports. mslk's own library needs a GPU build of PyTorch, and nothing here needs that library.
 MSLK_LAYOUT := MSLK_PYTHON_ONLY=1 PYTHONPATH=$(CURDIR)/tests/layouts/mslk:$(CURDIR)/$(MSLK)
 
-.PHONY: demo test fuzz bench lint format clean
+.PHONY: demo test cuda fuzz bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
 	$(PY) examples/train_bytes.py
 
-test: $(VENV)/.built $(MSLK)/.installed
+test: $(VENV)/.built-cuda $(MSLK)/.installed
 	$(TEST) tests
 	$(MSLK_LAYOUT) $(TEST) $(wildcard tests/test_xformers*.py)
+
+cuda: $(VENV)/.built-cuda
+	$(PY) -m pytest -m cuda tests
 
 fuzz: $(VENV)/.built
 	HYPOTHESIS_PROFILE=fuzz $(TEST) tests
 
 bench: $(VENV)/.built
-	set -e; for script in $(wildcard benchmarks/*.py); do $(PY) $$script; done
+	set -e; for script in $(wildcard benchmarks/cpu_*.py); do $(PY) $$script; done
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
@@ -59,7 +67,13 @@ $(VENV)/.installed: .ci/bootstrap.py .ci/requirements.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CPP_SOURCES)
-	$(PIP) --no-deps --no-build-isolation --editable .
+	XFORMERS_SPARSEK_CUDA=0 $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The CUDA compiler comes from PyPI where the machine has none.
+$(VENV)/.built-cuda: $(VENV)/.installed .ci/nvcc.txt setup.py pyproject.toml $(CPP_SOURCES)
+	test -x "$$CUDA_HOME/bin/nvcc" || command -v nvcc >/dev/null || $(PIP) --no-deps -r .ci/nvcc.txt
+	XFORMERS_SPARSEK_CUDA=1 $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # Without its library mslk is plain Python, so the wheel made for any one version of Python serves every other.

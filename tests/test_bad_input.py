@@ -9,11 +9,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import xformers.ops as xops
+from refusals import COMPLEX, FLOAT8, INT, f, moved, refusal, said
 from torch import Tensor
 
 from xformers_sparsek import SparseKBias, SparseKScorer, sparsek, sparsek_attention
-from xformers_sparsek.xformers_ops import BwOp, FwOp
 
 Arguments = dict[str, Any]
 
@@ -34,12 +33,7 @@ def packed(*ends: int | list[int], queries: int = 6, keys: int = 6) -> Arguments
     return {**tensors, "cu_seqlens": lengths[0] if len(lengths) == 1 else tuple(lengths)}
 
 
-def f(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.zeros(shape, device=device).to(dtype)
-
-
 NAN_SCORES = f(2, 7, 2).index_put((torch.tensor(1), torch.tensor(2), torch.tensor(0)), torch.tensor(math.nan))
-INT, FLOAT8, COMPLEX = torch.int32, torch.float8_e4m3fn, torch.complex64
 
 # What is bad about the arguments of sparsek_attention, and what the message must say about it.
 BAD_ATTENTION: dict[str, tuple[Arguments, list[str]]] = {
@@ -169,33 +163,29 @@ BAD_ATTENTION: dict[str, tuple[Arguments, list[str]]] = {
 }
 
 
-def refusal(function: Callable, error: type[Exception], fragments: list[str], *args: Any, **options: Any) -> str:
-    """The message of the one exception, of exactly this type, that names every fragment."""
-    with pytest.raises(Exception) as caught:
-        function(*args, **options)
-    message = str(caught.value)
-    assert type(caught.value) is error, message
-    assert caught.value.__context__ is None, "one exception, not one on top of another"
-    for fragment in fragments:
-        assert fragment in message
-    return message
-
-
 def show(arguments: Arguments) -> list[str]:
     return [f"shape={tuple(x.shape)}" for x in arguments.values() if isinstance(x, Tensor) and not x.is_nested]
 
 
-def test_the_good_input_is_accepted() -> None:
+# Found in the contents of tensors, which are looked at on the CPU only: elsewhere that would wait for the device.
+FOUND_IN_CONTENTS = ["NaN scores", "lengths start late", "lengths fall", "lengths end early", "lengths end late"]
+
+
+def test_the_good_input_is_accepted(device: torch.device) -> None:
     for changes in ({}, packed(0, 2, 6), packed([0, 5], [0, 6], queries=5), {"num_keys": 2**40, "window": 2**40}):
-        out, lse = sparsek_attention(**(good() | changes), return_lse=True)
+        out, lse = sparsek_attention(**moved(good() | changes, device), return_lse=True)
         assert torch.isfinite(out).all()
         assert torch.isfinite(lse).all()
 
 
 @pytest.mark.parametrize("name", BAD_ATTENTION)
-def test_attention(name: str) -> None:
+def test_attention(name: str, device: torch.device) -> None:
     changes, fragments = BAD_ATTENTION[name]
-    arguments = good() | changes
+    arguments = moved(good() | changes, device)
+    if device.type != "cpu" and name in FOUND_IN_CONTENTS:
+        assert sparsek_attention(**arguments).shape == (*arguments["query"].shape[:3], 5)
+        return
+    fragments = said(fragments, device)
     message = refusal(sparsek_attention, ValueError, [*fragments, *show(arguments)], **arguments)
     assert message.count("because:") == 1
     reasons = message.partition("because:\n")[2].splitlines()
@@ -203,12 +193,13 @@ def test_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, (changes, _) in BAD_ATTENTION.items() if "cu_seqlens" in changes])
-def test_packed_bias(name: str) -> None:
+def test_packed_bias(name: str, device: torch.device) -> None:
     """The same lengths are refused where a bias is made, except what only the queries show."""
     changes, fragments = BAD_ATTENTION[name]
-    arguments = good() | changes
-    if name == "lengths end late":
+    arguments = moved(good() | changes, device)
+    if name == "lengths end late" or (device.type != "cpu" and name in FOUND_IN_CONTENTS):
         return
+    fragments = said(fragments, device)
     refusal(
         SparseKBias,
         ValueError,
@@ -217,6 +208,26 @@ def test_packed_bias(name: str) -> None:
         arguments["num_keys"],
         cu_seqlens=arguments["cu_seqlens"],
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"hard": True}, {"window": 2}], ids=str)
+def test_nan_scores_stay_among_themselves(options: dict, device: torch.device) -> None:
+    """On an accelerator they give NaN in their own batch entry and head, and nothing changes elsewhere."""
+    arguments = moved(good() | options, device)
+    poisoned = arguments | {"scores": NAN_SCORES.to(device) + arguments["scores"]}
+    if device.type == "cpu":
+        refusal(sparsek_attention, ValueError, ["scores contain NaN"], **poisoned)
+        return
+    results = []
+    for case in (arguments, poisoned):
+        leaves = [case[name].clone().requires_grad_() for name in ("query", "key", "value", "scores")]
+        out, lse = sparsek_attention(*leaves, **{name: case[name] for name in ("num_keys", *options)}, return_lse=True)
+        grads = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+        results.append([x.detach().unflatten(dim, (2, -1)) for x, dim in zip((out, lse, *grads), (2, 1, 2, 2, 2, 2))])
+    for clean, other, dim in zip(*results, (2, 1, 2, 2, 2, 2)):
+        assert other[1].select(dim - 1, 0).isnan().any()
+        other[1].select(dim - 1, 0).copy_(clean[1].select(dim - 1, 0))
+        torch.testing.assert_close(other, clean, rtol=0, atol=0)
 
 
 BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
@@ -248,102 +259,3 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 def test_other_functions(name: str) -> None:
     function, fragments = BAD_CALLS[name]
     refusal(function, ValueError, fragments)
-
-
-# ----------------------------------------------------------------------------------------------------- through xFormers
-
-
-def xformers_call(
-    scores: Tensor, *, query: Tensor | None = None, other: Tensor | None = None, p: float = 0.0, **options: Any
-) -> tuple[tuple, Arguments]:
-    """Arguments of memory_efficient_attention: a 4-D query of six heads unless said, and a bias of ``scores``."""
-    query = f(2, 5, 6, 8) if query is None else query
-    other = query if other is None else other
-    scale = options.pop("scale", None)
-    return (query, other, other, SparseKBias(scores, **({"k": 2} | options))), {"p": p, "scale": scale}
-
-
-# Refused by our operators: the dispatcher's error for op=None, and for an operator chosen by hand a ValueError.
-BAD_FOR_OPERATORS: dict[str, tuple[tuple[tuple, Arguments], list[str]]] = {
-    "dropout": (xformers_call(f(2, 5, 2), p=0.1), ["dropout > 0.0"]),
-    "heads": (xformers_call(f(2, 5, 4)), ["query has 6 heads, not a multiple of the 4 heads of scores"]),
-    "no heads": (xformers_call(f(2, 5, 0)), ["not a multiple of the 0 heads"]),
-    "groups": (xformers_call(f(2, 5, 3), query=f(2, 5, 2, 3, 8)), ["scores have 3 heads, query has 2 head groups"]),
-    "length": (xformers_call(f(2, 4, 2)), ["scores has length 4, key has 5"]),
-    "batch": (xformers_call(f(1, 5, 2)), ["scores has batch size 1, query has 2"]),
-    "float64 scores": (xformers_call(f(2, 5, 2, dtype=torch.float64)), ["scores are float64 but query is"]),
-    "device of scores": (xformers_call(f(2, 5, 2, device="meta")), ["scores is on meta, query on cpu"]),
-    "device": (xformers_call(f(2, 5, 2), query=f(2, 5, 6, 8, device="meta")), ["device=meta", "scores is on cpu"]),
-    "float8": (xformers_call(f(2, 5, 2), query=f(2, 5, 6, 8, dtype=FLOAT8)), ["dtype=torch.float8_e4m3fn"]),
-    "integers": (xformers_call(f(2, 5, 2), query=f(2, 5, 6, 8, dtype=INT)), ["dtype=torch.int32"]),
-    "width": (xformers_call(f(2, 5, 2), query=f(2, 5, 6, 0)), ["< 1"]),
-    "scale": (xformers_call(f(2, 5, 2), scale=math.nan), ["scale must be a finite number, got nan"]),
-    "lengths": (
-        xformers_call(f(1, 5, 2), query=f(1, 4, 6, 8), other=f(1, 5, 6, 8), cu_seqlens=torch.tensor([0, 5], dtype=INT)),
-        ["cu_seqlens of the queries must rise from 0 to 4, got [0, 5]"],
-    ),
-    "dropout, length and scale": (
-        xformers_call(f(2, 4, 2), p=0.5, scale=math.inf),
-        ["dropout > 0.0", "scores has length 4", "scale must be a finite number"],
-    ),
-    "dropout and heads in 5-D": (
-        xformers_call(f(2, 5, 4), query=f(2, 5, 2, 3, 8), p=0.5),
-        ["dropout > 0.0", "scores have 4 heads, query has 2 head groups"],
-    ),
-}
-
-
-@pytest.mark.parametrize("needs_gradient", [False, True])
-@pytest.mark.parametrize("name", BAD_FOR_OPERATORS)
-def test_xformers_operators(name: str, needs_gradient: bool) -> None:
-    ((query, key, value, bias), options), fragments = BAD_FOR_OPERATORS[name]
-    if needs_gradient and query.dtype.is_floating_point:
-        query = query.clone().requires_grad_()
-    fragments = [*fragments, f"shape={tuple(query.shape)}", f"shape={tuple(key.shape)}"]
-    inputs = (query, key, value, bias)
-    call = xops.memory_efficient_attention
-    message = refusal(call, NotImplementedError, [*fragments, FwOp.NAME], *inputs, **options)
-    assert message.count("is not supported because") == 1, "only our operator can run our bias"
-    refusal(call, ValueError, [*fragments, FwOp.NAME], *inputs, **options, op=(FwOp, BwOp))
-    if options["p"] == 0:
-        forward, scale = xops.memory_efficient_attention_forward, options["scale"]
-        refusal(forward, NotImplementedError, fragments, *inputs, scale=scale)
-        refusal(forward, ValueError, fragments, *inputs, scale=scale, op=FwOp)
-
-
-# Refused by xFormers itself, before any operator sees them.
-BAD_FOR_XFORMERS: dict[str, tuple[tuple[tuple, Arguments], list[str]]] = {
-    "3-D": (xformers_call(f(2, 5, 2), query=f(2, 5, 8)), ["BMHK format", "SparseKBias"]),
-    "2-D": (xformers_call(f(2, 5, 2), query=f(5, 8)), ["[5, 8]"]),
-    "heads of key": (xformers_call(f(2, 5, 2), other=f(2, 5, 2, 8)), ["[2, 5, 6, 8]", "[2, 5, 2, 8]"]),
-    "dtypes": (xformers_call(f(2, 5, 2), other=f(2, 5, 6, 8, dtype=torch.float16)), ["torch.float16", "torch.float32"]),
-    "devices": (xformers_call(f(2, 5, 2), other=f(2, 5, 6, 8, device="meta")), ["same device"]),
-    "dropout": (xformers_call(f(2, 5, 2), p=2.0), ["p=2.0"]),
-    "NaN": (xformers_call(f(2, 5, 2) * math.nan), ["scores contain NaN", "shape=(2, 5, 2)"]),
-}
-
-
-@pytest.mark.parametrize("op", [None, (FwOp, BwOp)], ids=["op=None", "op=(FwOp, BwOp)"])
-@pytest.mark.parametrize("name", BAD_FOR_XFORMERS)
-def test_xformers_itself(name: str, op: tuple | None) -> None:
-    (inputs, options), fragments = BAD_FOR_XFORMERS[name]
-    refusal(xops.memory_efficient_attention, ValueError, fragments, *inputs, **options, op=op)
-    inputs[3].scores.requires_grad_()
-    refusal(xops.memory_efficient_attention, ValueError, fragments, *inputs, **options, op=op)
-
-
-def test_xformers_gradients_that_do_not_fit() -> None:
-    """What a caller of the backward entry point can confuse."""
-    query = torch.randn(2, 5, 6, 8)
-    bias = SparseKBias(torch.randn(2, 5, 2), 2)
-    out, lse = xops.memory_efficient_attention_forward_requires_grad(query, query, query, bias)
-    for bad_grad, bad_out, bad_lse in [
-        (out[:, :4], out, lse),
-        (out, out[..., :4], lse),
-        (out, out, lse[:, :5]),
-        (out, out, lse.double()),
-        (out.int(), out, lse),
-        (out.flatten(2), out, lse),
-    ]:
-        with pytest.raises((ValueError, RuntimeError)):
-            xops.memory_efficient_attention_backward(bad_grad, bad_out, bad_lse, query, query, query, bias)

@@ -1,4 +1,4 @@
-"""The built wheel, the library in it, and what happens where that library is missing or does not load."""
+"""The built wheel, the libraries in it, and what happens where one is missing or does not load."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ import xformers_sparsek
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = pathlib.Path(xformers_sparsek.__file__).parent
 LIBRARY = "libsparsek_cpu.so"
+CUDA_LIBRARY = "libsparsek_cuda.so"
+# The CUDA library is tested where the package under test has it, as after `make test`; it takes minutes to build.
+HAS_CUDA = (PACKAGE / CUDA_LIBRARY).exists()
+LIBRARIES = [LIBRARY, *([CUDA_LIBRARY] if HAS_CUDA else [])]
+# For the objects that were compiled already, unless somebody says otherwise.
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a")
 
 
 def run(*command: object, cwd: pathlib.Path | None = None, **environment: str) -> str:
@@ -52,13 +58,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
+def build_wheel(source: pathlib.Path, folder: pathlib.Path, **environment: str) -> tuple[pathlib.Path, str]:
+    """The wheel, and what was printed."""
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, "--log", folder / "log")
+    run(sys.executable, "-m", "pip", "wheel", *options, source, **environment)
+    (path,) = folder.glob("*.whl")
+    return path, (folder / "log").read_text()
+
+
+def files_of(wheel: pathlib.Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
 @pytest.fixture(scope="module")
 def wheel(source: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
-    run(sys.executable, "-m", "pip", "wheel", *options, source)
-    (path,) = folder.iterdir()
-    return path
+    environment = {"XFORMERS_SPARSEK_CUDA": str(int(HAS_CUDA)), "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), **environment)[0]
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +91,10 @@ def test_wheel_serves_every_python_3(wheel: pathlib.Path) -> None:
     assert re.fullmatch(rf"xformers_sparsek-{version}-py3-none-\w*linux\w*_{machine}\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         info = f"xformers_sparsek-{xformers_sparsek.__version__}.dist-info"
-        names = {name for name in archive.namelist() if not name.startswith(info)}
         tags = archive.read(f"{info}/WHEEL").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     modules = {f"xformers_sparsek/{path.name}" for path in (ROOT / "xformers_sparsek").glob("*.py")}
-    assert names == modules | {f"xformers_sparsek/{LIBRARY}"}
+    assert files_of(wheel) == modules | {f"xformers_sparsek/{library}" for library in LIBRARIES}
     assert "Root-Is-Purelib: false" in tags
     assert re.search(r"^Tag: py3-none-\w+$", tags, re.MULTILINE)
     assert "Requires-Python: >=3.10\n" in metadata
@@ -95,9 +110,10 @@ def test_wheel_works_where_it_is_installed(installed: pathlib.Path) -> None:
     assert run_with(installed, program) == "(1, 4, 2, 8)\n"
 
 
-def test_library_depends_on_no_python_and_no_version(installed: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_library_depends_on_no_python_and_no_version(name: str, installed: pathlib.Path) -> None:
     """Beside the C and C++ run time it may use only PyTorch's stable C functions."""
-    library = installed / "xformers_sparsek" / LIBRARY
+    library = installed / "xformers_sparsek" / name
     lines = run("nm", "--dynamic", "--undefined-only", library).splitlines()
     symbols = {line.split()[-1] for line in lines}
     torch_symbols = {symbol for symbol in symbols if re.match(r"(aoti_)?torch_", symbol)}
@@ -108,16 +124,49 @@ def test_library_depends_on_no_python_and_no_version(installed: pathlib.Path) ->
     assert not [symbol for symbol in symbols if re.match(r"_?Py", symbol)]
     assert not [symbol for symbol in symbols if re.match(r"_ZNK?(S\w)?(2at|3c10|5torch)", symbol)]
     dynamic = run("readelf", "--dynamic", "--wide", library)
-    assert "libtorch_cpu.so" in dynamic
-    assert "libpython" not in dynamic
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
+    system = r"(libstdc\+\+|libgcc_s|libm|libmvec|libc|libdl|librt|libpthread|ld-linux[-\w]*)\.so\.\d+"
+    from_torch = {library for library in needed if not re.fullmatch(system, library)}
+    cuda = {"libtorch_cuda.so"} if name == CUDA_LIBRARY else set()
+    assert from_torch - {"libc10.so"} == {"libtorch_cpu.so"} | cuda
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
 
 
-def test_library_keeps_its_names_to_itself(installed: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_library_keeps_its_names_to_itself(name: str, installed: pathlib.Path) -> None:
     """What a library exports can be mistaken for another one's function of that name."""
-    exported = run("nm", "--dynamic", "--defined-only", "--demangle", installed / "xformers_sparsek" / LIBRARY)
-    assert not [line for line in exported.splitlines() if "sparsek" in line]
+    exported = run("nm", "--dynamic", "--defined-only", installed / "xformers_sparsek" / name)
+    assert not exported.strip()
+
+
+def test_wheel_without_cuda(source: pathlib.Path, wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """It says so, and holds nothing that the build before it left behind."""
+    path, printed = build_wheel(source, tmp_path, XFORMERS_SPARSEK_CUDA="0")
+    assert "building without xformers_sparsek.libsparsek_cuda: XFORMERS_SPARSEK_CUDA=0" in printed
+    assert files_of(path) == files_of(wheel) - {f"xformers_sparsek/{CUDA_LIBRARY}"}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch was built with CUDA")
+def test_pytorch_without_cuda(installed: pathlib.Path) -> None:
+    """The CUDA library is not loaded, and whoever wants it is told why."""
+    program = """
+    import torch
+    import xformers.ops as xops
+    from xformers_sparsek import _library
+    from xformers_sparsek.xformers_ops import SIMT
+    print(p._library.UNAVAILABLE["cuda"])
+    x = torch.ones(1, 4, 2, 8)
+    try:
+        xops.memory_efficient_attention(x, x, x, p.SparseKBias(x[..., 0], 2), op=SIMT)
+    except ValueError as error:
+        print(error)
+    print("libsparsek_cuda" in open("/proc/self/maps").read())
+    """
+    told, *refusal, loaded = run_with(installed, program).splitlines()
+    assert told == f"PyTorch {torch.__version__} was built without CUDA"
+    assert any("device=cpu" in line for line in refusal)
+    assert loaded == "False"
 
 
 def test_source_distribution_is_complete(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -127,7 +176,7 @@ def test_source_distribution_is_complete(source: pathlib.Path, tmp_path: pathlib
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     needed = {"setup.py", "pyproject.toml", "README.md"}
-    for folder, suffixes in (("csrc", (".h", ".cpp")), ("xformers_sparsek", (".py",))):
+    for folder, suffixes in (("csrc", (".h", ".cuh", ".cpp", ".cu")), ("xformers_sparsek", (".py",))):
         needed |= {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
     assert needed <= names
 
@@ -152,7 +201,7 @@ for name, status in get_features_status().items():
 for call in (
     lambda: p.sparsek_attention(x, x, x, scores, 2),
     lambda: xops.memory_efficient_attention(x, x, x, bias),
-    lambda: xops.memory_efficient_attention(x, x, x, bias, op=(p.xformers_ops.FwOp, p.xformers_ops.BwOp)),
+    lambda: xops.memory_efficient_attention(x, x, x, bias, op=p.xformers_ops.CPU),
 ):
     try:
         call()
@@ -167,16 +216,16 @@ def _break_nothing_but(library: bytes | None, folder: pathlib.Path) -> list[str]
     if library is not None:
         (folder / "xformers_sparsek" / LIBRARY).write_bytes(library)
     lines = run_with(folder, WITHOUT_OPERATORS).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 11
     assert all(
-        line.startswith("memory_efficient_attention.sparsek") and line.endswith("unavailable") for line in lines[:2]
+        line.startswith("memory_efficient_attention.sparsek") and line.endswith("unavailable") for line in lines[:8]
     )
     errors = ["ValueError", "NotImplementedError", "ValueError"]
-    for error, line in zip(errors, lines[2:]):
+    for error, line in zip(errors, lines[8:]):
         assert line.startswith(error + " "), line
         assert str(folder / "xformers_sparsek" / LIBRARY) in line
         assert "pip install" in line
-    return lines[2:]
+    return lines[8:]
 
 
 def test_missing_library(tmp_path: pathlib.Path) -> None:

@@ -14,29 +14,32 @@ from xformers.ops import fmha
 from xformers_case import Case, attend, attend_dense, check, compare, dense, make, results
 
 from xformers_sparsek import SparseKBias
-from xformers_sparsek.xformers_ops import BwOp, FwOp
+from xformers_sparsek.xformers_ops import CPU, SIMT, SM80, SM90
 
-OPS = pytest.mark.parametrize("op", [None, (FwOp, BwOp)], ids=["op=None", "op=(FwOp, BwOp)"])
+
+@pytest.fixture(params=[False, True], ids=["op=None", "op by hand"])
+def op(request: pytest.FixtureRequest, device: torch.device) -> tuple | None:
+    return {"cpu": CPU, "cuda": SIMT}[device.type] if request.param else None
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 6])
 @pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("is_5d", [False, True])
-def test_layouts(is_5d: bool, expanded: bool, ratio: int) -> None:
+def test_layouts(is_5d: bool, expanded: bool, ratio: int, device: torch.device) -> None:
     # In 4-D only one group can be expanded: the heads of several have no common stride.
     groups = 1 if expanded and not is_5d else 2
-    check(make(groups=groups, ratio=ratio, is_5d=is_5d, expanded=expanded, window=3))
+    check(make(device=device, groups=groups, ratio=ratio, is_5d=is_5d, expanded=expanded, window=3))
 
 
-def test_one_key_head_for_several_score_heads() -> None:
+def test_one_key_head_for_several_score_heads(device: torch.device) -> None:
     """Key and value of one head, expanded to all heads, while the scores have two."""
-    case = make(groups=1, ratio=4, batch=1, is_5d=False, expanded=True)
+    case = make(device=device, groups=1, ratio=4, batch=1, is_5d=False, expanded=True)
     check(dataclasses.replace(case, scores=torch.stack([case.scores[..., 0], -case.scores[..., 0]], -1)))
 
 
 @pytest.mark.parametrize("expanded", ["key", "value"])
-def test_only_one_of_key_and_value_is_expanded(expanded: str) -> None:
-    case = make(groups=2, ratio=3, is_5d=True)
+def test_only_one_of_key_and_value_is_expanded(expanded: str, device: torch.device) -> None:
+    case = make(device=device, groups=2, ratio=3, is_5d=True)
     check(dataclasses.replace(case, **{expanded: getattr(case, expanded)[:, :, :, :1].clone()}))
 
 
@@ -68,8 +71,8 @@ def test_only_one_of_key_and_value_is_expanded(expanded: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("is_5d", [False, True])
-def test_options(is_5d: bool, options: dict) -> None:
-    case = make(groups=2, ratio=3, is_5d=is_5d, expanded=is_5d, **options)
+def test_options(is_5d: bool, options: dict, device: torch.device) -> None:
+    case = make(device=device, groups=2, ratio=3, is_5d=is_5d, expanded=is_5d, **options)
     if case.grad.numel() == 0 or case.key.numel() == 0:
         case, function = case.differentiable(), attend
         out = function(case)
@@ -81,21 +84,33 @@ def test_options(is_5d: bool, options: dict) -> None:
         check(case)
 
 
-@OPS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(dtype: torch.dtype, op: tuple | None) -> None:
-    check(make(dtype=dtype, ratio=2, window=4, width=32), lambda case: attend(case, op))
-    check(make(dtype=dtype, ratio=3, is_5d=True, expanded=True), lambda case: attend(case, op))
+def test_dtypes(dtype: torch.dtype, device: torch.device, op: tuple | None) -> None:
+    check(make(device=device, dtype=dtype, ratio=2, window=4, width=32), lambda case: attend(case, op))
+    check(make(device=device, dtype=dtype, ratio=3, is_5d=True, expanded=True), lambda case: attend(case, op))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"width": 128, "value_width": 64, "window": 20}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backward", [SM80[1], SIMT[1]], ids=lambda op: op.NAME)
+@pytest.mark.parametrize("forward", [SM90[0], SM80[0], SIMT[0]], ids=lambda op: op.NAME)
+def test_kernels(forward: type, backward: type, dtype: torch.dtype, options: dict) -> None:
+    """Every forward kernel with every backward kernel."""
+    if torch.cuda.get_device_capability() != (9, 0) and forward is SM90[0]:
+        pytest.skip("needs compute capability 9.0")
+    case = make(device="cuda", dtype=dtype, ratio=2, is_5d=True, expanded=True, queries=150, keys=300, k=40, **options)
+    check(case, lambda case: attend(case, (forward, backward)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_scores(dtype: torch.dtype) -> None:
-    check(make(dtype=dtype, score_dtype=dtype, window=4))
+def test_16_bit_scores(dtype: torch.dtype, device: torch.device) -> None:
+    check(make(device=device, dtype=dtype, score_dtype=dtype, window=4))
 
 
-def test_packed_sequences() -> None:
+def test_packed_sequences(device: torch.device) -> None:
     lengths_q, lengths_k = (5, 0, 30, 1), (5, 3, 37, 0)
-    case = make(batch=1, queries=sum(lengths_q), keys=sum(lengths_k), ratio=2)
+    case = make(device=device, batch=1, queries=sum(lengths_q), keys=sum(lengths_k), ratio=2)
 
     def packed(case: Case) -> SparseKBias:
         return SparseKBias.from_seqlens(case.scores, 4, lengths_q, lengths_k, window=2)
@@ -109,9 +124,9 @@ def test_packed_sequences() -> None:
     compare(case, results(case, call), results(case.double(), reference), results(case, reference))
 
 
-def test_non_contiguous_inputs() -> None:
+def test_non_contiguous_inputs(device: torch.device) -> None:
     """Slices of one fused projection, as models make query, key and value."""
-    case = make(groups=2, ratio=1)
+    case = make(device=device, groups=2, ratio=1)
     fused = torch.cat([x.flatten(2) for x in case.tensors()], -1).requires_grad_()
 
     def call(function) -> tuple[Tensor, Tensor]:
@@ -129,11 +144,10 @@ def test_non_contiguous_inputs() -> None:
 # ------------------------------------------------------------------------------------------------- other entry points
 
 
-@OPS
 @pytest.mark.parametrize("is_5d", [False, True])
-def test_forward_and_backward_without_autograd(is_5d: bool, op: tuple | None) -> None:
+def test_forward_and_backward_without_autograd(is_5d: bool, device: torch.device, op: tuple | None) -> None:
     fw, bw = op or (None, None)
-    case = make(groups=2, ratio=3, queries=30, keys=41, is_5d=is_5d, expanded=is_5d, scale=0.4)
+    case = make(device=device, groups=2, ratio=3, queries=30, keys=41, is_5d=is_5d, expanded=is_5d, scale=0.4)
     inputs, bias, scale = case.tensors(), case.bias(), case.scale
     expected = results(case, attend_dense)
     lse_shape = (2, 2, 3, 30) if is_5d else (2, 6, 30)
@@ -158,9 +172,9 @@ def test_forward_and_backward_without_autograd(is_5d: bool, op: tuple | None) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_partial_is_wide(dtype: torch.dtype) -> None:
+def test_partial_is_wide(dtype: torch.dtype, device: torch.device) -> None:
     """``_partial`` gives float32 by itself, as xFormers' own operators do, and any dtype on request."""
-    case = make(dtype=dtype)
+    case = make(device=device, dtype=dtype)
     exact = attend_dense(case.double())
     out, lse = fmha.memory_efficient_attention_partial(*case.tensors(), case.bias())
     assert out.dtype == lse.dtype == torch.float32
@@ -171,8 +185,8 @@ def test_partial_is_wide(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("wanted", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_output_dtype(dtype: torch.dtype, wanted: torch.dtype) -> None:
-    case = make(dtype=dtype, ratio=2)
+def test_output_dtype(dtype: torch.dtype, wanted: torch.dtype, device: torch.device) -> None:
+    case = make(device=device, dtype=dtype, ratio=2)
     exact = results(case.double(), attend_dense)
     for moving in (case, case.differentiable()):
         out = attend(moving, output_dtype=wanted)
@@ -192,14 +206,13 @@ def _tolerance(*dtypes: torch.dtype) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-@OPS
 @pytest.mark.parametrize(
     "names",
     [("scores",), ("query",), ("value", "scores"), ("key",), ("key", "scores"), ("query", "key", "value")],
     ids=str,
 )
-def test_only_some_inputs_require_gradients(names: tuple[str, ...], op: tuple | None) -> None:
-    case = make(ratio=2, window=3)
+def test_only_some_inputs_require_gradients(names: tuple[str, ...], device: torch.device, op: tuple | None) -> None:
+    case = make(device=device, ratio=2, window=3)
     expected = results(case, attend_dense)
     case = case.differentiable(*names)
     attend(case, op).backward(case.grad)
@@ -208,8 +221,8 @@ def test_only_some_inputs_require_gradients(names: tuple[str, ...], op: tuple | 
         torch.testing.assert_close(getattr(case, name).grad, expected[name])
 
 
-def test_no_graph_without_gradients() -> None:
-    case = make()
+def test_no_graph_without_gradients(device: torch.device) -> None:
+    case = make(device=device)
     assert not attend(case).requires_grad
     with torch.no_grad():
         out = attend(case.differentiable())
@@ -219,10 +232,12 @@ def test_no_graph_without_gradients() -> None:
     torch.testing.assert_close(out, inference, rtol=0, atol=0)
 
 
-def test_one_bias_in_two_calls() -> None:
+def test_one_bias_in_two_calls(device: torch.device) -> None:
     """As a model does whose layers share a selection: the gradients of both calls add up."""
-    first = make().differentiable()
-    second = dataclasses.replace(make(seed=1), scores=first.scores).differentiable("query", "key", "value")
+    first = make(device=device).differentiable()
+    second = dataclasses.replace(make(device=device, seed=1), scores=first.scores).differentiable(
+        "query", "key", "value"
+    )
     second.scores = first.scores
 
     def total(function) -> list[Tensor]:
@@ -235,8 +250,8 @@ def test_one_bias_in_two_calls() -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_one_score_tensor_in_two_biases() -> None:
-    case = make().differentiable()
+def test_one_score_tensor_in_two_biases(device: torch.device) -> None:
+    case = make(device=device).differentiable()
 
     def total(function) -> list[Tensor]:
         biases = SparseKBias(case.scores, 5, window=2), SparseKBias(case.scores, 12, causal=False)
@@ -248,8 +263,8 @@ def test_one_score_tensor_in_two_biases() -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_the_bias_is_left_alone() -> None:
-    case = make().differentiable()
+def test_the_bias_is_left_alone(device: torch.device) -> None:
+    case = make(device=device).differentiable()
     bias = case.bias()
     before = dict(vars(bias))
     xops.memory_efficient_attention(*case.tensors(), bias).sum().backward()
@@ -258,8 +273,8 @@ def test_the_bias_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant: bool) -> None:
-    case = make(ratio=2, window=3)
+def test_checkpointing(reentrant: bool, device: torch.device) -> None:
+    case = make(device=device, ratio=2, window=3)
 
     def call(case: Case) -> Tensor:
         def layer(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
@@ -271,18 +286,18 @@ def test_checkpointing(reentrant: bool) -> None:
     check(case, call)
 
 
-def test_checkpointing_a_bias_made_outside() -> None:
+def test_checkpointing_a_bias_made_outside(device: torch.device) -> None:
     """The scores are then no argument of the checkpointed function; only the non-reentrant kind sees them."""
 
     def call(case: Case) -> Tensor:
         bias = case.bias()
         return checkpoint(xops.memory_efficient_attention, *case.tensors(), bias, use_reentrant=False)
 
-    check(make(), call)
+    check(make(device=device), call)
 
 
-def test_two_backward_passes_through_one_graph() -> None:
-    case = make(ratio=2).differentiable()
+def test_two_backward_passes_through_one_graph(device: torch.device) -> None:
+    case = make(device=device, ratio=2).differentiable()
     out, leaves = attend(case), list(case.leaves.values())
     first = torch.autograd.grad(out, leaves, case.grad, retain_graph=True)
     only_scores = torch.autograd.grad(out, case.scores, case.grad, retain_graph=True)
@@ -293,8 +308,8 @@ def test_two_backward_passes_through_one_graph() -> None:
         torch.testing.assert_close(2 * one, two)
 
 
-def test_gradients_are_not_differentiable_again() -> None:
-    case = make().differentiable()
+def test_gradients_are_not_differentiable_again(device: torch.device) -> None:
+    case = make(device=device).differentiable()
     (grad,) = torch.autograd.grad(attend(case).sum(), case.scores, create_graph=True)
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         grad.sum().backward()
@@ -317,9 +332,8 @@ def _refused_or_right(case: Case, out: Tensor) -> None:
     "_allow_backward" not in inspect.signature(fmha.memory_efficient_attention_partial).parameters,
     reason="this layout's _partial has no backward",
 )
-@OPS
-def test_partial_never_loses_the_gradient_of_scores(op: tuple | None) -> None:
-    case = make(ratio=2, is_5d=False)
+def test_partial_never_loses_the_gradient_of_scores(op: tuple | None, device: torch.device) -> None:
+    case = make(device=device, ratio=2, is_5d=False)
 
     def partial(case: Case) -> Tensor:
         return fmha.memory_efficient_attention_partial(*case.tensors(), case.bias(), op=op, _allow_backward=True)[0]
@@ -346,15 +360,15 @@ def test_partial_never_loses_the_gradient_of_scores(op: tuple | None) -> None:
     ],
     ids=["forward", "forward_requires_grad", "partial"],
 )
-def test_forward_entry_points_differentiate_too(function) -> None:
+def test_forward_entry_points_differentiate_too(function, device: torch.device) -> None:
     """xFormers promises no gradients there; ours are right rather than missing."""
-    check(make(ratio=3, is_5d=True, expanded=True), lambda case: function(*case.tensors(), case.bias()))
+    check(make(device=device, ratio=3, is_5d=True, expanded=True), lambda case: function(*case.tensors(), case.bias()))
 
 
-def test_merged_partials_never_lose_the_gradient_of_scores() -> None:
+def test_merged_partials_never_lose_the_gradient_of_scores(device: torch.device) -> None:
     from xformers.ops.fmha.merge_training import memory_efficient_attention_partial_autograd, merge_attentions_autograd
 
-    case = make()
+    case = make(device=device)
 
     def merged(case: Case) -> Tensor:
         return merge_attentions_autograd(memory_efficient_attention_partial_autograd(*case.tensors(), case.bias()))
@@ -368,15 +382,15 @@ def test_merged_partials_never_lose_the_gradient_of_scores() -> None:
         torch.testing.assert_close(grad, expected[name])
 
 
-def test_an_operator_that_does_not_fit_is_refused() -> None:
-    case = make()
+def test_an_operator_that_does_not_fit_is_refused(device: torch.device) -> None:
+    case = make(device=device)
     query, key, value = case.tensors()
-    for op in ((FwOp, BwOp), (FwOp, None)):
+    for op in (CPU, (CPU[0], None)):
         with pytest.raises(ValueError, match="attn_bias type is <class 'NoneType'>"):
             xops.memory_efficient_attention(query, key, value, op=op)
     with pytest.raises(ValueError, match="attn_bias type is"):
         attend(case, (fmha.ALL_FW_OPS[0], None))
-    for forward in (None, FwOp):
+    for forward in (None, CPU[0]):
         with pytest.raises(ValueError, match="attn_bias type is"):
             attend(case, (forward, fmha.ALL_BW_OPS[0]))
     assert isinstance(case.bias(), xops.AttentionBias)

@@ -20,16 +20,16 @@ from xformers.ops import fmha
 from xformers_case import Case, attend, check, make, results
 
 from xformers_sparsek import SparseKBias
-from xformers_sparsek.xformers_ops import BwOp, FwOp
+from xformers_sparsek.xformers_ops import CPU, OPERATORS, SIMT
 
 # Inductor compiles C++ that includes Python.h, which a machine that only runs Python programs does not have.
 HAS_PYTHON_HEADERS = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 COMPILED = [
-    pytest.param("aot_eager", (FwOp, BwOp), id="aot_eager, op=(FwOp, BwOp)"),
-    pytest.param("aot_eager", None, id="aot_eager, op=None"),
+    pytest.param("aot_eager", True, id="aot_eager, op by hand"),
+    pytest.param("aot_eager", False, id="aot_eager, op=None"),
     pytest.param(
         "inductor",
-        None,
+        False,
         id="inductor, op=None",
         marks=pytest.mark.skipif(not HAS_PYTHON_HEADERS, reason="inductor needs Python.h"),
     ),
@@ -101,14 +101,20 @@ def run_program(*parts: str) -> str:
 
 
 def test_operators_are_listed() -> None:
-    assert fmha.ALL_FW_OPS.count(FwOp) == 1
-    assert fmha.ALL_BW_OPS.count(BwOp) == 1
+    for forward, backward in OPERATORS:
+        assert fmha.ALL_FW_OPS.count(forward) == 1
+        assert fmha.ALL_BW_OPS.count(backward) == 1
     core = sys.modules[xops.memory_efficient_attention.__module__]
     assert core.ALL_FW_OPS is fmha.ALL_FW_OPS
     printed = run_program("import xformers_sparsek, xformers.info; xformers.info.print_info()")
     status = dict(line.split(":", 1) for line in printed.splitlines() if ":" in line)
-    for operator in (FwOp, BwOp):
-        assert status[f"memory_efficient_attention.{operator.NAME}"].strip() == "available"
+    ours = list(dict.fromkeys(operator for operators in OPERATORS for operator in operators))
+    names = ["F-sm90", *(f"{way}-{name}" for name in ("sm80", "simt", "cpu") for way in "FB")]
+    assert sorted(x.NAME for x in ours) == sorted(f"sparsek{name}" for name in names)
+    for operator in ours:
+        expected = "available" if operator.is_available() else "unavailable"
+        assert status[f"memory_efficient_attention.{operator.NAME}"].strip() == expected
+    assert all(operator.is_available() for operator in CPU)
 
 
 def test_layout_under_test() -> None:
@@ -173,7 +179,7 @@ def test_plain_calls_are_as_before() -> None:
 
 OUR_CALLS = """
 def ours(package):
-    for op in (None, (package.xformers_ops.FwOp, package.xformers_ops.BwOp)):
+    for op in (None, package.xformers_ops.CPU):
         for frozen in (False, True):
             bias = package.SparseKBias(scores, 2, window=1)
             leaves = [scores] if frozen else [q, k, v, scores]
@@ -281,13 +287,15 @@ def _compiled(function: Callable, backend: str) -> Callable[[Case], Tensor]:
     return lambda case: compiled(*case.tensors(), case.scores)
 
 
-@pytest.mark.parametrize(("backend", "op"), COMPILED)
-def test_compiled_with_gradients(backend: str, op: tuple | None) -> None:
+@pytest.mark.parametrize(("backend", "by_hand"), COMPILED)
+def test_compiled_with_gradients(backend: str, by_hand: bool, device: torch.device) -> None:
+    op = {"cpu": CPU, "cuda": SIMT}[device.type] if by_hand else None
+
     def attention(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
         bias = SparseKBias(scores * 1.5, k=6, window=3)
         return xops.memory_efficient_attention(query, key, value, bias, scale=0.3, op=op) * 2
 
-    case = make(ratio=3, is_5d=op is None, expanded=op is None)
+    case = make(device=device, ratio=3, is_5d=not by_hand, expanded=not by_hand)
     call = _compiled(attention, backend)
     eager = check_equal_to_eager(case, call, attention)
     assert eager["scores"].abs().max() > 0
@@ -307,11 +315,11 @@ def check_equal_to_eager(case: Case, call: Callable, function: Callable) -> dict
     [{"causal": False}, {"hard": True, "window": 2}, {"dtype": torch.bfloat16}, {"packed": (9, 0, 28)}],
     ids=str,
 )
-def test_compiled_options(options: dict) -> None:
+def test_compiled_options(options: dict, device: torch.device) -> None:
     options = dict(options)
     lengths = options.pop("packed", None)
-    ends = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int()
-    case = make(**options, batch=2 if lengths is None else 1)
+    ends = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    case = make(device=device, **options, batch=2 if lengths is None else 1)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
         return xops.memory_efficient_attention(query, key, value, SparseKBias(scores, **case.options, cu_seqlens=ends))
@@ -319,7 +327,7 @@ def test_compiled_options(options: dict) -> None:
     check_equal_to_eager(case, _compiled(attention, "aot_eager"), attention)
 
 
-def test_compiled_for_other_lengths() -> None:
+def test_compiled_for_other_lengths(device: torch.device) -> None:
     """Lengths become symbols when they change, and the calls stay right."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
@@ -327,11 +335,11 @@ def test_compiled_for_other_lengths() -> None:
 
     call = _compiled(attention, "aot_eager")
     for queries, keys in ((37, 37), (53, 53), (20, 70), (71, 71)):
-        check_equal_to_eager(make(queries=queries, keys=keys, ratio=2), call, attention)
+        check_equal_to_eager(make(device=device, queries=queries, keys=keys, ratio=2), call, attention)
 
 
-def test_compiled_with_a_bias_made_outside() -> None:
-    case = make().differentiable()
+def test_compiled_with_a_bias_made_outside(device: torch.device) -> None:
+    case = make(device=device).differentiable()
     bias = case.bias()
     torch._dynamo.reset()
     compiled = torch.compile(xops.memory_efficient_attention, fullgraph=True, backend="aot_eager")
@@ -341,15 +349,15 @@ def test_compiled_with_a_bias_made_outside() -> None:
         torch.testing.assert_close(got, wanted)
 
 
-def test_compiled_refusals_name_all_reasons() -> None:
-    case = make(ratio=3)
+def test_compiled_refusals_name_all_reasons(device: torch.device) -> None:
+    case = make(device=device, ratio=3)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, **options) -> Tensor:
         return xops.memory_efficient_attention(query, key, value, SparseKBias(scores, 4), **options)
 
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    scores = torch.zeros(2, 37, 4)  # six heads of query are no multiple of four
+    scores = torch.zeros(2, 37, 4, device=device)  # six heads of query are no multiple of four
     for function in (attention, compiled):
         with pytest.raises(Exception, match="not a multiple of the 4 heads") as caught:
             function(*case.tensors(), scores, p=0.5)

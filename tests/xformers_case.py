@@ -70,13 +70,14 @@ def make(
     expanded: bool = False,
     scale: float | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     **options,
 ) -> Case:
-    """A random case; ``options`` go to SparseKBias."""
+    """A random case, the same on every device; ``options`` go to SparseKBias."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(to)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(to).to(device)
 
     if score_dtype is None:
         score_dtype = torch.float64 if dtype == torch.float64 else torch.float32

@@ -65,17 +65,63 @@ def sparsek_attention(
         arguments |= {"window": window, "causal": causal, "hard": hard, "scale": scale, "cu_seqlens": cu_seqlens}
         problem.refuse("sparsek_attention", arguments, reasons)
 
+    out, lse = attend(
+        query, key, value, scores, num_keys, window, causal, hard, cu_seqlens_q, cu_seqlens_k, scale_of(query, scale)
+    )
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    num_keys: int,
+    window: int,
+    causal: bool,
+    hard: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    forward_kernel: str | None = None,
+    backward_kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selection and attention of arguments that were found good: out and LSE.
+
+    ``forward_kernel`` and ``backward_kernel`` name what runs; None takes the best (csrc/schema.cpp).
+    """
+    pattern = (num_keys, window, causal, hard, cu_seqlens_q, cu_seqlens_k)
+    scores, threshold, expiry = select(query, scores, *pattern)
+    options = (cu_seqlens_q, cu_seqlens_k, window, causal, hard, scale)
+    return torch.ops.xformers_sparsek.forward(
+        query, key, value, scores, threshold, expiry, *options, out_dtype, forward_kernel, backward_kernel
+    )
+
+
+def select(
+    query: Tensor,
+    scores: Tensor,
+    num_keys: int,
+    window: int,
+    causal: bool,
+    hard: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores as the operators take them, float64 exactly if query is, with threshold and expiry."""
     if query.dtype == torch.float64:
         scores = scores.double()
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
     threshold, expiry = torch.ops.xformers_sparsek.select(
         scores.detach(), cu_seqlens_q, cu_seqlens_k, query.shape[1], num_keys, window, causal, hard
     )
-    out, lse = torch.ops.xformers_sparsek.forward(
-        query, key, value, scores, threshold, expiry, cu_seqlens_q, cu_seqlens_k, window, causal, hard, scale, None
-    )
-    return (out, lse) if return_lse else out
+    return scores, threshold, expiry
+
+
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """The factor of ``q k^T``."""
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def _fake_select(scores, cu_seqlens_q, cu_seqlens_k, num_queries, num_keys, window, causal, hard):
@@ -98,7 +144,7 @@ def _fake_forward(
     hard,
     scale,
     out_dtype,
-    kernel=None,
+    *_,
 ):
     batch, queries, heads, _ = query.shape
     out = query.new_empty(batch, queries, heads, value.shape[-1], dtype=out_dtype or query.dtype)
@@ -110,20 +156,20 @@ def _fake_backward(grad_out, grad_lse, query, key, value, scores, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, scores, threshold, expiry, cu_seqlens_q, cu_seqlens_k, *options, _, kernel = inputs
+    query, key, value, scores, threshold, expiry, cu_seqlens_q, cu_seqlens_k, *options, _, _, backward_kernel = inputs
     ctx.save_for_backward(query, key, value, scores, *output, threshold, expiry, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = (*options, kernel)
+    ctx.options = (*options, backward_kernel)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_lse):
     query, key, value, scores, out, *rest = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 14
+        return (None,) * 15
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.xformers_sparsek.backward(grad_out, grad_lse, query, key, value, scores, out, *rest, *ctx.options)
-    return (*grads, *(None,) * 10)
+    return (*grads, *(None,) * 11)
 
 
 def _no_second_backward(ctx, *grads):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ._library import unavailable
+from ._library import unavailable_on
 from .selection import count_reasons
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ def length_pair(cu_seqlens: object) -> tuple[object, object]:
 
 
 def value_reasons(scores: Tensor) -> list[str]:
-    """Reasons found in the contents of ``scores``; CPU only, since looking waits for the device elsewhere."""
+    """Reasons found in the contents of ``scores``; only where that does not wait for a device."""
     if has_values(scores) and torch.isnan(scores).any():
         return ["scores contain NaN"]
     return []
@@ -123,7 +123,7 @@ def _is_finite(scale: object) -> bool:
 
 def _tensor_reasons(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> list[str]:
     reasons = []
-    missing = unavailable(query.device.type)
+    missing = unavailable_on(query.device)
     if missing:
         reasons.append(missing)
     if query.dtype not in DTYPES:

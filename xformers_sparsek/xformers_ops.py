@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import problem
-from ._library import unavailable
+from . import _library, problem
+from .attention import attend, scale_of, select
 
 if TYPE_CHECKING:
     from .bias import SparseKBias
@@ -44,10 +44,11 @@ def register(bias_type: type[SparseKBias]) -> None:
     """Adds the operators to xFormers and hooks its dispatcher; does nothing without xFormers, nor a second time."""
     if MISSING is not None:
         return
-    for operator, all_operators in ((FwOp, _core.ALL_FW_OPS), (BwOp, _core.ALL_BW_OPS)):
-        operator.SUPPORTED_ATTN_BIAS_TYPES = (bias_type,)
-        _replace(all_operators, operator)
-        _replace(xops.common.OPERATORS_REGISTRY, operator)
+    for operators in OPERATORS:
+        for operator, all_operators in zip(operators, (_core.ALL_FW_OPS, _core.ALL_BW_OPS)):
+            operator.SUPPORTED_ATTN_BIAS_TYPES = (bias_type,)
+            _replace(all_operators, operator)
+            _replace(xops.common.OPERATORS_REGISTRY, operator)
     if getattr(_core._memory_efficient_attention, "bias_type", None) is bias_type:
         return
     _dispatch._run_priority_list = _hooked_priority_list(_dispatch._run_priority_list, bias_type)
@@ -65,12 +66,16 @@ def _replace(operators: list[type], operator: type) -> None:
 
 
 def _hooked_priority_list(inner, bias_type: type):
-    """xFormers' choice of an operator, offering ours, and only ours, for our bias."""
+    """xFormers' choice of an operator, offering ours, and only ours, for our bias: the first one that fits.
+
+    Operators of other devices are left out, so that a refusal speaks of those that the caller can mean.
+    """
 
     @functools.wraps(inner)
     def run_priority_list(name, priority_list, inp, *args, **kwargs):
         if type(inp.attn_bias) is bias_type:
-            priority_list = [BwOp] if "backward" in name else [FwOp]
+            ours = list(dict.fromkeys(operators["backward" in name] for operators in OPERATORS))
+            priority_list = [op for op in ours if inp.query.device.type in op.SUPPORTED_DEVICES] or ours
         return inner(name, priority_list, inp, *args, **kwargs)
 
     return run_priority_list
@@ -86,9 +91,15 @@ def _hooked_attention(inner, bias_type: type):
     def memory_efficient_attention(inp, op=None):
         if type(inp.attn_bias) is not bias_type:
             return inner(inp, op=op)
-        _refuse(inp, op)
-        folded = _Folded(inp)
-        out, _ = folded.run(inp.output_dtype)
+        forward, backward = op or (None, None)
+        inp.validate_inputs()
+        _supported_forward(inp, forward)
+        if backward is not None:
+            _supported_backward(inp, backward)
+        folded = _fold(inp)
+        # Where nothing is named, the C++ operators choose, by the rule that the dispatcher was just asked for.
+        kernels = (forward and forward.KERNEL, backward and backward.KERNEL)
+        out, _ = folded.attend(inp.output_dtype, *kernels)
         return folded.unfold_heads(out)
 
     memory_efficient_attention.bias_type = bias_type
@@ -102,22 +113,25 @@ def _hooked_backward(inner, bias_type: type):
     def memory_efficient_attention_backward(ctx, inp, grad, op=None, **kwargs):
         if type(inp.attn_bias) is not bias_type or not inp.query.ndim == grad.ndim == ctx.out.ndim == 5:
             return inner(ctx, inp, grad, op=op, **kwargs)
-        _refuse(inp, (None, op))
-        return BwOp.apply(ctx, inp, grad)
+        inp.validate_inputs()
+        return _supported_backward(inp, op).apply(ctx, inp, grad)
 
     return memory_efficient_attention_backward
 
 
-def _refuse(inp, op: tuple | None) -> None:
-    """Raises what xFormers raises for inputs, or operators chosen by hand, that do not fit."""
-    inp.validate_inputs()
-    forward, backward = op or (None, None)
-    if forward is None:
-        _dispatch._dispatch_fw(inp, True)
-    else:
-        _dispatch._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention", forward, inp)
-    if backward is not None:
-        _dispatch._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention_backward", backward, inp)
+def _supported_forward(inp, op: type | None) -> type:
+    """The forward operator chosen by hand or else the best one; raises what xFormers raises where it does not fit."""
+    if op is None:
+        return _dispatch._dispatch_fw(inp, True)
+    _dispatch._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention", op, inp)
+    return op
+
+
+def _supported_backward(inp, op: type | None) -> type:
+    if op is None:
+        return _dispatch._dispatch_bw(inp, varlen_lse_packed=None)
+    _dispatch._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention_backward", op, inp)
+    return op
 
 
 def _layout_reasons(inp) -> list[str]:
@@ -159,50 +173,49 @@ class _Folded:
                 key, value = key[:, :, : self.groups], value[:, :, : self.groups]
         self.query, self.key, self.value = query, key, value
         self.scores = self.bias.scores if self.shared else self.bias.scores.repeat_interleave(self.ratio, -1)
-        if query.dtype == torch.float64:
-            self.scores = self.scores.double()
         self.scale = inp.scale
 
-    def reasons(self) -> list[str]:
+    @property
+    def pattern(self) -> tuple:
         bias = self.bias
-        return problem.attention_reasons(
+        return bias.k, bias.window, bias.causal, bias.hard, bias.cu_seqlens_q, bias.cu_seqlens_k
+
+    def reasons(self) -> list[str]:
+        num_keys, window, _, _, *lengths = self.pattern
+        tensors = (self.query, self.key, self.value, self.scores)
+        return problem.attention_reasons(*tensors, num_keys, window, self.scale, *lengths)
+
+    def attend(
+        self, out_dtype: torch.dtype | None, forward_kernel: str | None, backward_kernel: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and LSE."""
+        self._refuse_values()
+        return attend(
             self.query,
             self.key,
             self.value,
             self.scores,
-            bias.k,
-            bias.window,
-            self.scale,
-            bias.cu_seqlens_q,
-            bias.cu_seqlens_k,
+            *self.pattern,
+            scale_of(self.query, self.scale),
+            out_dtype=out_dtype,
+            forward_kernel=forward_kernel,
+            backward_kernel=backward_kernel,
         )
 
-    def options(self) -> tuple:
-        """What the forward and the backward operator take after their tensors."""
-        bias = self.bias
-        scale = self.query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
-        return bias.cu_seqlens_q, bias.cu_seqlens_k, bias.window, bias.causal, bias.hard, scale
+    def differentiate(self, grad: Tensor, out: Tensor, lse: Tensor, kernel: str | None) -> tuple[Tensor, ...]:
+        """Gradients of query, key and value."""
+        self._refuse_values()
+        scores, threshold, expiry = select(self.query, self.scores, *self.pattern)
+        _, window, causal, hard, *lengths = self.pattern
+        options = (*lengths, window, causal, hard, scale_of(self.query, self.scale))
+        tensors = (self.query, self.key, self.value, scores, out, lse, threshold, expiry)
+        return torch.ops.xformers_sparsek.backward(grad, None, *tensors, *options, kernel)[:3]
 
-    def select(self) -> tuple[Tensor, Tensor]:
-        """Threshold and expiry."""
-        bias = self.bias
-        problem.refuse("SparseKBias", {"scores": bias.scores}, problem.value_reasons(bias.scores))
-        return torch.ops.xformers_sparsek.select(
-            self.scores.detach(),
-            bias.cu_seqlens_q,
-            bias.cu_seqlens_k,
-            self.query.shape[1],
-            bias.k,
-            bias.window,
-            bias.causal,
-            bias.hard,
-        )
+    def _refuse_values(self) -> None:
+        problem.refuse("SparseKBias", {"scores": self.bias.scores}, problem.value_reasons(self.bias.scores))
 
-    def run(self, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        threshold, expiry = self.select()
-        return torch.ops.xformers_sparsek.forward(
-            self.query, self.key, self.value, self.scores, threshold, expiry, *self.options(), out_dtype
-        )
+    def fold_heads(self, x: Tensor, dim: int) -> Tensor:
+        return x.flatten(dim, dim + 1) if self.is_5d else x
 
     def unfold_heads(self, x: Tensor, dim: int = 2) -> Tensor:
         """Splits dimension ``dim`` of ``H`` heads into groups and heads per group, for 5-D calls."""
@@ -220,15 +233,22 @@ class _Folded:
         return part if self.is_5d else part.flatten(2, 3)
 
 
+def _fold(inp) -> _Folded:
+    """``inp`` folded, once for the dispatcher's questions and the call itself."""
+    if not hasattr(inp, "sparsek_folded"):
+        inp.sparsek_folded = _Folded(inp)
+    return inp.sparsek_folded
+
+
 if MISSING is None:
     # Refusals of xFormers' base classes that do not concern operators that bring their own library.
     _FOREIGN_REASONS = ("xFormers wasn't build with CUDA support", "bf16 is only supported on")
 
-    class _Support:
-        """What both directions support, and every reason against a set of inputs."""
+    class _Kernel:
+        """What a kernel supports, in both directions, and every reason against a set of inputs."""
 
+        KERNEL: str | None = None  # what the C++ operators call it
         OPERATOR = True
-        SUPPORTED_DEVICES = {"cpu"}
         SUPPORTED_DTYPES = set(problem.DTYPES)
         SUPPORTED_MAX_K = float("inf")
         SUPPORTED_MIN_K = 1
@@ -243,7 +263,7 @@ if MISSING is None:
 
         @classmethod
         def is_available(cls) -> bool:
-            return all(unavailable(device) is None for device in cls.SUPPORTED_DEVICES)
+            return all(_library.unavailable(device) is None for device in cls.SUPPORTED_DEVICES)
 
         @classmethod
         def not_supported_reasons(cls, d) -> list[str]:
@@ -253,50 +273,83 @@ if MISSING is None:
             if getattr(d, "quantize_pv_to_fp8", False) or getattr(d, "quantize_qk_to_fp8", False):
                 reasons.append("quantization to float8 is not supported")
             layout = _layout_reasons(d)
-            return reasons + (layout or _Folded(d).reasons())
+            return reasons + (layout or _fold(d).reasons() + cls.width_reasons(_fold(d)))
 
-    class FwOp(_Support, _common.AttentionFwOpBase):
-        """SparseK attention forward on the CPU."""
+        @classmethod
+        def width_reasons(cls, folded: _Folded) -> list[str]:
+            """Reasons against the widths of query and value."""
+            return []
 
-        NAME = "sparsekF-cpu"
+    class Cpu(_Kernel):
+        """The kernel for the CPU."""
 
+        SUPPORTED_DEVICES = {"cpu"}
+
+    class Simt(_Kernel):
+        """Plain CUDA cores: every dtype, width and stride, exact rather than fast."""
+
+        KERNEL = "simt"
+        SUPPORTED_DEVICES = {"cuda"}
+        CUDA_MINIMUM_COMPUTE_CAPABILITY = (8, 0)
+
+    class Sm80(Simt):
+        """Tensor cores by mma.sync, on every GPU from compute capability 8.0."""
+
+        KERNEL = "sm80"
+        SUPPORTED_DTYPES = {torch.bfloat16, torch.float16}
+        SUPPORTED_MAX_K = 256
+
+        @classmethod
+        def width_reasons(cls, folded: _Folded) -> list[str]:
+            """Rows are copied by 16 bytes, that is 8 elements, at a time."""
+            widths = {"query": folded.query.shape[-1], "value": folded.value.shape[-1]}
+            return [f"{name} has width {width}, not a multiple of 8" for name, width in widths.items() if width % 8]
+
+    class Sm90(Sm80):
+        """Hopper's tensor cores, by wgmma: forward only."""
+
+        KERNEL = "sm90"
+        SUPPORTED_MAX_K = 128
+        CUDA_MINIMUM_COMPUTE_CAPABILITY = CUDA_MAXIMUM_COMPUTE_CAPABILITY = (9, 0)
+
+        @classmethod
+        def is_available(cls) -> bool:
+            return super().is_available() and any(x[1:] == (9, 0) for x in _library.ARCHITECTURES)
+
+    class _Forward(_common.AttentionFwOpBase):
         @classmethod
         def apply(cls, inp, needs_gradient: bool):
-            folded = _Folded(inp)
-            out, lse = folded.run(inp.get_output_dtype())
+            folded = _fold(inp)
+            out, lse = folded.attend(inp.get_output_dtype(), cls.KERNEL)
             if not needs_gradient:
                 return folded.unfold_heads(out), None
-            out, lse = folded.unfold_heads(out), folded.unfold_heads(lse, dim=1)
-            return out, _common.Context(lse=lse, out=out, op_bw=BwOp)
+            return folded.unfold_heads(out), _common.Context(
+                lse=folded.unfold_heads(lse, 1), out=folded.unfold_heads(out)
+            )
 
-    class BwOp(_Support, _common.AttentionBwOpBase):
-        """SparseK attention backward on the CPU."""
-
-        NAME = "sparsekB-cpu"
-
+    class _Backward(_common.AttentionBwOpBase):
         @classmethod
         def apply(cls, ctx, inp, grad: Tensor):
-            folded = _Folded(inp)
+            folded = _fold(inp)
             if inp.attn_bias.scores.requires_grad and torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     "this entry point of xFormers gives no gradient to the scores of a SparseKBias: "
                     "call memory_efficient_attention, or detach the scores"
                 )
-            threshold, expiry = folded.select()
-            heads = (lambda x, dim: x.flatten(dim, dim + 1)) if folded.is_5d else (lambda x, dim: x)
-            dq, dk, dv, _ = torch.ops.xformers_sparsek.backward(
-                heads(grad, 2),
-                None,
-                folded.query,
-                folded.key,
-                folded.value,
-                folded.scores,
-                heads(ctx.out, 2),
-                heads(ctx.lse, 1),
-                threshold,
-                expiry,
-                *folded.options(),
-            )
+            grad, out, lse = (folded.fold_heads(x, dim) for x, dim in ((grad, 2), (ctx.out, 2), (ctx.lse, 1)))
+            dq, dk, dv = folded.differentiate(grad, out, lse, cls.KERNEL)
             return _common.Gradients(
                 dq=folded.unfold_heads(dq), dk=folded.unfold_gradient(dk), dv=folded.unfold_gradient(dv)
             )
+
+    def _operators(kernel: type[_Kernel]) -> tuple[type, type]:
+        """The forward and the backward operator of ``kernel``, as xFormers takes them for ``op``."""
+        name = kernel.KERNEL or "cpu"
+        forward = type(f"{kernel.__name__}FwOp", (kernel, _Forward), {"NAME": f"sparsekF-{name}"})
+        return forward, type(f"{kernel.__name__}BwOp", (kernel, _Backward), {"NAME": f"sparsekB-{name}"})
+
+    SM80, SIMT, CPU = (_operators(kernel) for kernel in (Sm80, Simt, Cpu))
+    SM90 = (_operators(Sm90)[0], SM80[1])
+    # Best first: the first one that supports the inputs is taken. `choose_kernel` of csrc/cuda/common/kernels.cpp goes
+    # by the same order and conditions, so that what xFormers reports is what runs.
+    OPERATORS = (SM90, SM80, SIMT, CPU)
