@@ -230,7 +230,7 @@ __device__ __forceinline__ bool is_finite(const float (&out)[kTiles][kWidth / 8]
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     attend(const __grid_constant__ ForwardParams<float> p, const __grid_constant__ Plan plan, Items tiles,
            uint32_t num_tiles, int log_heads) {
   using S = Shape<kWidth>;
