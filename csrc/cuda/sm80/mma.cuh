@@ -6,17 +6,10 @@
 
 #include <cstdint>
 
+#include "cuda/common/ptx.cuh"
+
 namespace sparsek::cuda::sm80 {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies 16 bytes from global to shared memory, or writes 16 zero bytes without reading anything.
-__device__ inline void copy_async_16(uint32_t shared, const void* global, bool read) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(read ? 16 : 0)
-               : "memory");
-}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of this thread's latest groups are under way.
 template <int N>
@@ -54,20 +47,6 @@ __device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Two floats rounded to 16 bits, the first in the low half.
-template <typename T>
-__device__ inline uint32_t pack(float low, float high);
-template <>
-__device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ inline uint32_t pack<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 }  // namespace sparsek::cuda::sm80

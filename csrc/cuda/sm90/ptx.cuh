@@ -6,24 +6,12 @@
 
 #include <cstdint>
 
+#include "cuda/common/ptx.cuh"
+
 namespace sparsek::cuda::sm90 {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+// --- Copies ---
 
-// --- Copies
-// -----------------------------------------------------------------------------------------------------------
-
-// Copies 16 bytes from global to shared memory.
-__device__ inline void copy_async_16(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-// The same, or writes 16 zero bytes without reading anything.
-__device__ inline void copy_async_16(uint32_t shared, const void* global, bool read) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(read ? 16 : 0)
-               : "memory");
-}
 // Waits for all copies that this thread has issued.
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <typename T>
@@ -44,8 +32,7 @@ __device__ inline void store_shared_16(const T (&x)[8], uint32_t shared) {
 // through another proxy.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// --- Barriers
-// ---------------------------------------------------------------------------------------------------------
+// --- Barriers ---
 
 __device__ inline void barrier_init(uint64_t& barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
@@ -86,8 +73,7 @@ __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// --- Matrix products of a warpgroup
-// -----------------------------------------------------------------------------------
+// --- Matrix products of a warpgroup ---
 
 __device__ inline void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -231,20 +217,6 @@ __device__ inline void multiply_registers<__half>(float (&d)[32], const uint32_t
         "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
         "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-}
-
-// Two floats rounded to 16 bits, the first in the low half.
-template <typename T>
-__device__ inline uint32_t pack(float low, float high);
-template <>
-__device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ inline uint32_t pack<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // 2^x; -inf gives 0.
