@@ -1,10 +1,10 @@
 // Chooses the instantiation of the kernel.
+#include "cuda/sm80/forward/launch.h"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
-
-#include "cuda/sm80/forward/launch.h"
 
 namespace sparsek::cuda {
 namespace {
