@@ -11,32 +11,51 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Scores with the lowest on top, and their sum. All are close to each other when the sum matters, so that it is kept
-// relative to one of them.
+// Scores with the lowest on top.
 class LowestFirst {
  public:
   bool empty() const { return scores_.empty(); }
   int64_t size() const { return static_cast<int64_t>(scores_.size()); }
   double lowest() const { return empty() ? kInfinity : scores_.front(); }
-  double sum_above(double base) const { return sum_ - size() * (base - origin_); }
 
   void push(double score) {
-    if (empty()) origin_ = score;
     scores_.push_back(score);
     std::push_heap(scores_.begin(), scores_.end(), std::greater<>());
-    update(score - origin_);
   }
 
   double pop() {
     std::pop_heap(scores_.begin(), scores_.end(), std::greater<>());
     const double score = scores_.back();
     scores_.pop_back();
+    return score;
+  }
+
+  void clear() { scores_.clear(); }
+
+ protected:
+  std::vector<double> scores_;
+};
+
+// The same with their sum. All are close to each other when the sum matters, so that it is kept relative to one of
+// them.
+class SummedLowestFirst : public LowestFirst {
+ public:
+  double sum_above(double base) const { return sum_ - size() * (base - origin_); }
+
+  void push(double score) {
+    if (empty()) origin_ = score;
+    LowestFirst::push(score);
+    update(score - origin_);
+  }
+
+  double pop() {
+    const double score = LowestFirst::pop();
     update(origin_ - score);
     return score;
   }
 
   void clear() {
-    scores_.clear();
+    LowestFirst::clear();
     sum_ = 0;
   }
 
@@ -51,7 +70,6 @@ class LowestFirst {
     for (double score : scores_) sum_ += score - origin_;
   }
 
-  std::vector<double> scores_;
   double origin_ = 0;
   double sum_ = 0;  // of the scores less the origin
   int64_t updates_ = 0;
@@ -117,7 +135,7 @@ class SoftSelection {
   int64_t free_;  // k minus the pinned keys
   double threshold_ = -kInfinity;
   LowestFirst saturated_;
-  LowestFirst fractional_;
+  SummedLowestFirst fractional_;
 };
 
 // The k highest scores of a growing set, the lower key winning ties; calls drop(key) for each that is not among them.
