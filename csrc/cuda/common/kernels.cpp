@@ -19,6 +19,7 @@ bool has_aligned_rows(const Tensor& tensor) {
   const int64_t size = static_cast<int64_t>(tensor.element_size());
   if (tensor.stride(3) != 1 || tensor.size(3) * size % kBytes != 0) return false;
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kBytes != 0) return false;
+  if (tensor.stride(1) * size >= int64_t{1} << 32) return false;  // kernels multiply rows by 32 bits
   for (int64_t d = 0; d < 3; ++d)
     if (tensor.size(d) > 1 && tensor.stride(d) * size % kBytes != 0) return false;
   return true;

@@ -22,9 +22,8 @@ struct QueryTile {
 
   __device__ int32_t position(int r) const { return begin + (r >> log_heads); }
   __device__ bool exists(int r) const { return position(r) >= first && position(r) <= last; }
-  __device__ int64_t query(int r) const {
-    return sequence.query_begin + position(r) - shift;
-  }  // row of the batch entry
+  // Row of the batch entry.
+  __device__ int64_t query(int r) const { return sequence.query_begin + position(r) - shift; }
   __device__ bool has_keys() const { return last >= first && sequence.keys > 0 && (!causal || last >= 0); }
   __device__ int64_t query_head(int r) const { return head + (r & (heads - 1)); }
 };

@@ -60,7 +60,7 @@ class UnitCursor {
   int32_t unit_;
 };
 
-// What a pass over the tiles needs: calls visit(tile) for each tile of this CTA that has queries.
+// Calls visit(tile, its number) for each tile of this CTA that has queries.
 template <typename Traits, typename Visit>
 __device__ void for_each_tile(const ForwardArguments& a, const Visit& visit) {
   for (int64_t index = blockIdx.x; index < a.work; index += gridDim.x) {
