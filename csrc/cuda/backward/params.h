@@ -15,7 +15,7 @@ struct BackwardParams : AttentionParams<T> {
   const T* lse;        // [B, H, Mq]
   const T* grad_lse;   // [B, H, Mq], or null
   T* delta;            // [B, H, Mq]: rowsum(grad_out * out) - grad_lse
-  int32_t* order;      // [B, G, Mk]: room for an order of each sequence's keys, in which they share tiles
+  int32_t* order;      // [B, G, Mk]: room for an order of each sequence's keys, in which they share tiles; simt alone
   Rows grad_query;     // [B, Mq, H, K]
   Rows grad_key;       // [B, Mk, G, K]
   Rows grad_value;     // [B, Mk, G, Kv]

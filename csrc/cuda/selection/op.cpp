@@ -1,6 +1,5 @@
 // The operator `select`: scores to thresholds and expiries.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
@@ -8,18 +7,11 @@
 
 #include "common/checks.h"
 #include "cuda/common/device.h"
+#include "cuda/common/tensor.h"
 #include "cuda/selection/params.h"
 
 namespace sparsek::cuda {
 namespace {
-
-// Contiguous lengths of the right form. What they contain only the device knows.
-Tensor checked_lengths(const char* name, const Tensor& lengths, const Tensor& scores) {
-  STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int && lengths.dim() == 1 && lengths.size(0) >= 1, name,
-                  " must be an int32 tensor [sequences + 1], got shape ", shape_of(lengths));
-  check_device(name, lengths, scores);
-  return torch::stable::contiguous(lengths);
-}
 
 // The thresholds, or k-th highest levels, after every key, as bytes.
 template <typename T, bool kHard>
@@ -86,21 +78,9 @@ std::tuple<Tensor, Tensor> select(const Tensor& scores, std::optional<Tensor> cu
                   num_queries, " and ", num_keys);
   const int64_t batch = scores.size(0), keys = scores.size(1), groups = scores.size(2);
   STD_TORCH_CHECK(std::max(keys, num_queries) < kNever, "sequences must be shorter than 2^31 - 1");
-  STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
-                  "cu_seqlens must be given for queries and keys, or for neither");
   const Pattern pattern = make_pattern(window, causal, hard);
-  Sequences sequences{nullptr, nullptr, batch, num_queries, keys};
-  std::optional<Tensor> lengths_q, lengths_k;
-  if (cu_seqlens_q.has_value()) {
-    STD_TORCH_CHECK(batch == 1, "packed sequences need batch size 1, got ", batch);
-    lengths_q = checked_lengths("cu_seqlens_q", *cu_seqlens_q, scores);
-    lengths_k = checked_lengths("cu_seqlens_k", *cu_seqlens_k, scores);
-    sequences.count = lengths_q->size(0) - 1;
-    STD_TORCH_CHECK(lengths_k->size(0) - 1 == sequences.count, "cu_seqlens name ", sequences.count,
-                    " sequences of queries and ", lengths_k->size(0) - 1, " of keys");
-    sequences.cu_q = static_cast<const int32_t*>(lengths_q->const_data_ptr());
-    sequences.cu_k = static_cast<const int32_t*>(lengths_k->const_data_ptr());
-  }
+  const SequenceLengths lengths = make_sequences(cu_seqlens_q, cu_seqlens_k, scores, batch, num_queries, keys);
+  const Sequences& sequences = lengths.sequences;
   const OnDeviceOf device(scores);
   const bool wide = scores.scalar_type() == ScalarType::Double;
   Tensor threshold = make_empty(scores, {batch, groups, num_queries}, wide ? ScalarType::Double : ScalarType::Float);
