@@ -98,7 +98,8 @@ def test_compiled_equals_eager(problem, device):
         return out.tanh(), lse
 
     torch._dynamo.reset()
-    compiled = torch.compile(attention, fullgraph=True)
+    # Eager 16-bit code rounds after every operation.
+    compiled = torch.compile(attention, fullgraph=True, options={"emulate_precision_casts": True})
     results = []
     for function in (attention, compiled):
         out, lse = function(*leaves, inputs.cu_seqlens)

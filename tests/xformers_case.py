@@ -107,7 +107,7 @@ def _merge_heads(x: Tensor) -> Tensor:
 def dense(query: Tensor, key: Tensor, value: Tensor, bias: SparseKBias, scale: float | None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp ``[B, H, Mq]`` by the dense bias; a query without keys gives 0 and -inf."""
     q, k, v = (x.flatten(2, -2).transpose(1, 2) for x in (query, key, value))
-    mask = bias.materialize((*q.shape[:3], k.shape[2]), dtype=q.dtype)
+    mask = bias.materialize((*q.shape[:3], k.shape[2]), dtype=q.dtype, device=q.device)
     logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + mask
     empty = (mask == -torch.inf).all(-1, keepdim=True)
     weights = logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)

@@ -22,6 +22,13 @@ __device__ inline void copy_async_16(uint32_t shared, const void* global, bool r
                : "memory");
 }
 
+// 2^x; -inf gives 0.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to 16 bits, the first in the low half.
 template <typename T>
 __device__ inline uint32_t pack(float low, float high);

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cuda/common/device.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/plan/plan.h"
 
 namespace sparsek::cuda {
@@ -226,15 +226,10 @@ PlanMemory make_plan(const AttentionParams<float>& params, int64_t run_size, con
   plan.block_score = reinterpret_cast<float*>(base + block_score);
   plan.dense_expiry = reinterpret_cast<int32_t*>(base + dense_expiry);
 
-  if (lists > 0) {
-    list_runs<<<static_cast<unsigned>(lists), kThreads, 0, stream>>>(params, plan);
-    check_cuda(cudaGetLastError(), "list_runs");
-    if (causal) {
-      const int64_t ctas = (plan.num_blocks * params.groups + kWarps - 1) / kWarps;
-      bound_blocks<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(params, plan);
-      check_cuda(cudaGetLastError(), "bound_blocks");
-    }
-  }
+  launch("list_runs", list_runs, lists, kThreads, 0, stream, params, plan);
+  if (causal)
+    launch("bound_blocks", bound_blocks, (plan.num_blocks * params.groups + kWarps - 1) / kWarps, kThreads, 0, stream,
+           params, plan);
   return {plan, workspace};
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cuda/common/ptx.cuh"
 #include "cuda/plan/plan.h"
 
 namespace sparsek::cuda::sm80 {
@@ -42,12 +43,6 @@ struct SlotState {
   float soft_score;  // of the key, for hard selection
   int32_t from;      // listed: the first position that sees it by its score; in a window: the key
 };
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Replaces a logit (not scaled) by the softmax weight and grad_weight by the gradient of the logit, both exactly 0
 // where the pair is not seen. Adds the gradient of a fractional gate to `gate_sum`.

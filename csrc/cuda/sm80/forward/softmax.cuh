@@ -28,12 +28,6 @@ struct GateRows {
   int first;  // row of the tile that is the warp's row 0
 };
 
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Calls visit(m, i, row of the warp) for the rows that this thread holds.
 template <int kTiles, typename Visit>
 __device__ __forceinline__ void for_each_row(const Visit& visit) {
@@ -93,7 +87,7 @@ __device__ __forceinline__ bool move_base(const float (&largest)[kTiles][2], flo
     const float before = state.base[m][i], logit = __fmul_rn(top, scale);
     const bool mine = logit > before + kSlack;
     state.base[m][i] = mine ? logit : before;
-    factor[m][i] = mine ? exp2_approx(before - logit) : 1.0f;
+    factor[m][i] = mine ? exp2_fast(before - logit) : 1.0f;
     state.sum[m][i] = __fmul_rn(state.sum[m][i], factor[m][i]);
   });
   return true;
@@ -110,7 +104,7 @@ __device__ __forceinline__ void weigh(float (&x)[kTiles][kBlock / 8][4], float s
     base[m][i] = state.base[m][i] == -std::numeric_limits<float>::infinity() ? 0.0f : state.base[m][i];
   });
   for_each_element(x, [&](int column, int m, int i, float& element) {
-    element = exp2_approx(__fmaf_rn(element, scale, -base[m][i]));
+    element = exp2_fast(__fmaf_rn(element, scale, -base[m][i]));
     if (kGates) element = __fmul_rn(__saturatef(table.score[column] - threshold[m][i]), element);
     state.sum[m][i] = __fadd_rn(state.sum[m][i], element);
   });

@@ -1,0 +1,128 @@
+// What producers of the Hopper kernels share: the units of keys that a tile of queries reads, and the copies of their
+// rows.
+#pragma once
+
+#include "cuda/plan/tile.cuh"
+#include "cuda/sm90/ptx.cuh"
+
+namespace sparsek::cuda::sm90 {
+
+// The units of a tile in order: pairs of list blocks, then pairs of window blocks. All lanes of a warp move together.
+class UnitCursor {
+ public:
+  // `memory`: of this warp, in shared memory, since registers are scarce.
+  __device__ explicit UnitCursor(TileBlocks& memory) : blocks_(memory) {}
+
+  __device__ void start(const TileBlocks& blocks) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) blocks_ = blocks;
+    __syncwarp();
+    lists_ = (blocks.lists + 1) / 2;
+    end_ = lists_ + (blocks.end - blocks.lists + 1) / 2;
+    base_ = -32;
+    live_ = 0;
+    unit_ = -1;
+  }
+
+  __device__ const TileBlocks& blocks() const { return blocks_; }
+  __device__ bool is_window(int32_t unit) const { return unit >= lists_; }
+  __device__ int32_t first_key(int32_t unit) const { return blocks_.window_key + (unit - lists_) * 2 * kBlock; }
+
+  // The next unit that some query of the tile may see, or -1.
+  __device__ int32_t next() {
+    if (unit_ < lists_) {
+      while (live_ == 0) {
+        base_ += 32;
+        if (base_ >= lists_) break;
+        const int32_t mine = base_ + static_cast<int32_t>(threadIdx.x % 32);
+        const bool live = mine < lists_ && (blocks_.is_live(2 * mine) ||
+                                            (2 * mine + 1 < blocks_.lists && blocks_.is_live(2 * mine + 1)));
+        live_ = __ballot_sync(~0u, live);
+      }
+      if (live_ != 0) {
+        unit_ = base_ + __ffs(live_) - 1;
+        live_ &= live_ - 1;
+        return unit_;
+      }
+      unit_ = lists_ - 1;
+    }
+    return ++unit_ < end_ ? unit_ : -1;
+  }
+
+ private:
+  TileBlocks& blocks_;
+  int32_t lists_, end_;  // in units
+  int32_t base_;         // live_ is about units [base_, base_ + 32)
+  uint32_t live_;        // those not yet returned
+  int32_t unit_;
+};
+
+// Copies the rows of a warp, kRows of a unit's, to shared memory: lanes next to each other take neighbouring chunks of
+// a row, and each group of lanes consecutive rows, whose keys it reads together.
+template <typename Traits, int kWidth, int kRows>
+class RowCopier {
+ public:
+  static constexpr int kChunks = kWidth / 8, kGroups = 32 / kChunks, kRowsOfLane = kRows / kGroups;
+
+  __device__ explicit RowCopier(const Rows& rows)
+      : chunk_(static_cast<int>(threadIdx.x) % kChunks),
+        first_(static_cast<int>(threadIdx.x) % 32 / kChunks * kRowsOfLane),
+        row_(static_cast<int>(threadIdx.x) / 32 * kRows % Traits::kSlots + first_),
+        stride_(static_cast<uint32_t>(rows.stride[1] * sizeof(typename Traits::Element))),
+        inside_(chunk_ * 8 < rows.width),
+        full_width_(rows.width == kWidth) {}
+
+  // keys [kRows] of this warp, relative to `base`; -1 for none: those rows are zeroed. `whole`: there are no such rows.
+  __device__ void copy(const int32_t* keys, bool whole, const char* base, uint32_t to) const {
+    // Bits 4 to 6 of a row's address are its chunk, which the swizzle turns; the rest is added.
+    const uint32_t column = to + chunk_ / 8 * (Traits::kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
+    const char* from = base + chunk_ * 16;
+    asm volatile("" : "+l"(from));  // one addition a row, not two
+    if (whole && full_width_) {
+#pragma unroll
+      for (int i = 0; i < kRowsOfLane; i += 4) {
+        const int4 key = *reinterpret_cast<const int4*>(keys + first_ + i);
+        copy_async_16(place(column, i), from + offset(key.x));
+        copy_async_16(place(column, i + 1), from + offset(key.y));
+        copy_async_16(place(column, i + 2), from + offset(key.z));
+        copy_async_16(place(column, i + 3), from + offset(key.w));
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRowsOfLane; ++i) {
+        const int32_t key = keys[first_ + i];
+        const bool read = inside_ && key >= 0;
+        copy_async_16(place(column, i), read ? from + offset(key) : base, read);
+      }
+    }
+  }
+
+  // Waits for this warp's copies, and replaces what is not finite by 0; sets poisoned [kRows] for such rows.
+  __device__ void clean(uint32_t to, uint8_t* poisoned) const {
+    const uint32_t column = to + chunk_ / 8 * (Traits::kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
+    wait_copies();
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      typename Traits::Element x[8];
+      load_shared_16(x, place(column, i));
+      bool bad = false;
+      for (auto& element : x) {
+        if (isfinite(static_cast<float>(element))) continue;
+        element = 0.0f;
+        bad = true;
+      }
+      if (!bad) continue;
+      store_shared_16(x, place(column, i));
+      poisoned[first_ + i] = 1;
+    }
+  }
+
+ private:
+  __device__ uint64_t offset(int32_t key) const { return uint64_t{static_cast<uint32_t>(key)} * stride_; }
+  __device__ static uint32_t place(uint32_t column, int row) { return (column ^ row % 8 * 16) + row * 128; }
+
+  const int chunk_, first_, row_;  // of the unit
+  const uint32_t stride_;
+  const bool inside_, full_width_;
+};
+
+}  // namespace sparsek::cuda::sm90
