@@ -2,7 +2,7 @@
 // then all tiles of all chunks at once.
 #include <algorithm>
 
-#include "cuda/common/device.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/selection/gates.cuh"
 #include "cuda/selection/group.cuh"
 #include "cuda/selection/narrow.cuh"
@@ -14,12 +14,12 @@ namespace {
 constexpr int kWalkThreads = 512;  // of find_survivors
 constexpr int kTileThreads = 256;  // of solve_tiles
 constexpr int kTile = 512;         // keys
-constexpr int kRuns = kTile / kWarpSize;
+constexpr int kSteps = kTile / kWarpSize;
 constexpr int kWarps = kTileThreads / kWarpSize;
 constexpr int kMaxNearby = 96;                       // keys that a warp looks at closely, before those of its own run
 constexpr int kNearbyRoom = kMaxNearby + kWarpSize;  // with those
 constexpr Items kTiles{kTile, 1};
-static_assert(kRuns <= kWarpSize);
+static_assert(kSteps <= kWarpSize);
 
 template <typename Gate>
 constexpr int kChunkOf = kChunk<typename Gate::Score, Gate::kHard>;
@@ -171,15 +171,17 @@ struct TileMemory {
   using Level = typename Gate::Level;
   uint64_t* fixed;  // [kWarps, kNearbyRoom]
   Level* nearby;    // [kWarps, kNearbyRoom]
+  Level* results;   // [kTile + 1]
   Level* list;      // [keys that survive or follow in the chunk]
 
   __device__ explicit TileMemory(char* memory)
       : fixed(reinterpret_cast<uint64_t*>(memory)),
         nearby(reinterpret_cast<Level*>(fixed + kWarps * kNearbyRoom)),
-        list(nearby + kWarps * kNearbyRoom) {}
+        results(nearby + kWarps * kNearbyRoom),
+        list(results + kTile + 1) {}
 
   static int64_t bytes(int64_t listed) {
-    return kWarps * kNearbyRoom * sizeof(uint64_t) + (kWarps * kNearbyRoom + listed) * sizeof(Level);
+    return kWarps * kNearbyRoom * sizeof(uint64_t) + (kWarps * kNearbyRoom + kTile + 1 + listed) * sizeof(Level);
   }
 };
 
@@ -215,11 +217,11 @@ struct Tile {
   }
 };
 
-// One position per lane of a warp.
+// One result per lane of a warp: each follows on the one before, once one more key has entered.
 template <typename Gate>
 struct Run {
   using Level = typename Gate::Level;
-  bool has_key;
+  bool has_result;
   int32_t first;              // listed keys before those of this run
   int32_t count;              // listed keys of this run
   int32_t mine;               // of these, those up to this lane's
@@ -239,7 +241,7 @@ __device__ typename Gate::Level solve_run(const Tile<Gate>& tile, const Run<Gate
   WarpGroup warp{static_cast<int>(threadIdx.x % kWarpSize)};
   const Level otherwise = own.pinned >= tile.num_keys ? Gate::kHighest : Gate::kLowest;
   const bool bounded = is_bounded<Gate>(tile.lower, own.candidates, tile.num_keys);
-  const bool solves = own.has_key && bounded && own.pinned < tile.num_keys;
+  const bool solves = own.has_result && bounded && own.pinned < tile.num_keys;
   if (!__any_sync(kAllLanes, solves)) return otherwise;
 
   Level low = tile.low, high = tile.high;
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   static_assert(kLength % kTile == 0);
   extern __shared__ __align__(16) char memory[];
   __shared__ __align__(16) char scratch[Block::kScratch];
-  __shared__ uint32_t run_counts[kRuns];  // keys above Tile::lower, and pinned ones times 2^16
+  __shared__ uint32_t step_counts[kSteps];  // keys above Tile::lower, later: above Tile::low
   const TileMemory<Gate> shared(memory);
   Block block{static_cast<int>(threadIdx.x), scratch};
 
@@ -335,20 +337,18 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
     old = begin;
   }
 
-  // The tile's own keys, in runs of a warp each.
-  const unsigned up_to_own = lanes_before(block.lane()) | 1u << block.lane();
-  const auto own_key = [&](int run) {
-    const int i = run * kWarpSize + block.lane();
+  // The tile's own keys, a warp's worth at a time.
+  const auto own_key = [&](int step) {
+    const int i = step * kWarpSize + block.lane();
     return i < count ? load(begin - chunk_begin + i) : Gate::kLowest;
   };
   Survey<Gate> survey_own;
 #pragma unroll 1
-  for (int run = block.warp(); run < kRuns; run += kWarps) {
-    const Level key = own_key(run);
+  for (int step = block.warp(); step < kSteps; step += kWarps) {
+    const Level key = own_key(step);
     survey_own.visit(key, tile.lower);
-    const int num_pinned = __popc(__ballot_sync(kAllLanes, key == Gate::kHighest));
-    const int num_entering = __popc(__ballot_sync(kAllLanes, survives(key)));
-    if (block.lane() == 0) run_counts[run] = num_entering | num_pinned << 16;
+    const int num_surviving = __popc(__ballot_sync(kAllLanes, survives(key)));
+    if (block.lane() == 0) step_counts[step] = num_surviving;
   }
 
   Survey<Gate> survey;
@@ -357,27 +357,30 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   const Survey<Gate> survey_old = survey.reduce_counts(block);
   survey.add(survey_own);
   survey.reduce(block);
-  const uint32_t counts_of_lane = block.lane() < kRuns ? run_counts[block.lane()] : 0;
-  const int32_t entering = survey.count - survey_old.count;
-  const auto list_own = [&](Level* list) {
-#pragma unroll 1
-    for (int run = block.warp(); run < kRuns; run += kWarps) {
-      const Level key = own_key(run);
-      const int before = __reduce_add_sync(kAllLanes, block.lane() < run ? counts_of_lane : 0) & 0xffff;
-      const unsigned mask = __ballot_sync(kAllLanes, survives(key));
-      if (survives(key)) list[before + __popc(mask & lanes_before(block.lane()))] = key;
-    }
-  };
   if (survey_old.pinned >= tile.num_keys) return write_all(Gate::kHighest);
   const bool bounded = is_bounded<Gate>(tile.lower, survey.count, tile.num_keys);
   if (!bounded && survey.pinned < tile.num_keys) return write_all(Gate::kLowest);
-  if (listed) list_own(shared.list + old);
+  // Keys of steps before `step` that step_counts counts.
+  const auto counted_before = [&](int step) {
+    return static_cast<int32_t>(
+        __reduce_add_sync(kAllLanes, block.lane() < min(step, kSteps) ? step_counts[block.lane()] : 0));
+  };
+  const auto list_own = [&](Level* list, const auto& keep) {
+#pragma unroll 1
+    for (int step = block.warp(); step < kSteps; step += kWarps) {
+      const Level key = own_key(step);
+      const unsigned mask = __ballot_sync(kAllLanes, keep(key));
+      const int before = counted_before(step);
+      if (keep(key)) list[before + __popc(mask & lanes_before(block.lane()))] = key;
+    }
+  };
+  if (listed) list_own(shared.list + old, survives);
   __syncthreads();
 
   tile.low = tile.lower > Gate::kLowest ? tile.lower : Gate::below(survey.lowest);
   tile.high = survey.highest;
   tile.settled = Settled::none(tile.low);
-  const int32_t end = old + (listed ? entering : count);
+  const int32_t end = old + (listed ? survey.count - survey_old.count : count);
   const Real num_keys = static_cast<Real>(tile.num_keys);
   const auto accuracy = Accuracy<Real>::of(num_keys, end, Block::kSize, 1 + num_keys / 64);
   const auto masses = [&](Level at_low, Level at_high) {
@@ -397,42 +400,73 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   const int32_t room = listed ? old : kRoom + kLength - kTile;
   const int32_t active = compact(block, old, [&](int i) { return tile.keys[i]; }, is_active, shared.list, room);
   const bool shortened = active <= room;
+
+  // Results change where a key enters, and no key does that is not above all of them. Before there are more than k
+  // candidates each one counts: Tile::low is below them all.
+  const auto enters = [&](Level key) { return key > tile.low; };
+  int32_t entering = count;  // else every key does, for simplicity
   if (shortened) {
+#pragma unroll 1
+    for (int step = block.warp(); step < kSteps; step += kWarps) {
+      const int num_entering = __popc(__ballot_sync(kAllLanes, enters(own_key(step))));
+      if (block.lane() == 0) step_counts[step] = num_entering;
+    }
     settled.reduce(block);
     tile.settled = settled;
     tile.keys = Keys<Gate>::of_levels(shared.list);
     old = active;
-    list_own(shared.list + old);
+    __syncthreads();
+    entering = counted_before(kSteps);
+    list_own(shared.list + old, enters);
   }
   __syncthreads();
 
+  // Result e is that after `e` keys have entered. Number 0 is not needed if the first key does.
+  const int first_result = !shortened || enters(load(begin - chunk_begin)) ? 1 : 0;
+  const int num_results = entering + 1 - first_result;
 #pragma unroll 1
-  for (int run = block.warp(); run < kRuns; run += kWarps) {
-    const Level key = own_key(run);
-    const unsigned mask = __ballot_sync(kAllLanes, survives(key));
-    const unsigned pinned_mask = __ballot_sync(kAllLanes, key == Gate::kHighest);
-    const uint32_t before = __reduce_add_sync(kAllLanes, block.lane() < run ? counts_of_lane : 0);
-    const int num_keys_of_run = max(0, min(kWarpSize, count - run * kWarpSize));
-    const bool all_listed = !shortened;  // the sequence itself is the list
+  for (int run = block.warp(); run * kWarpSize < num_results; run += kWarps) {
+    const int before = run * kWarpSize;  // keys that have entered before those of this run
     Run<Gate> own;
-    own.has_key = block.lane() < num_keys_of_run;
-    own.first = old + (all_listed ? min(run * kWarpSize, count) : static_cast<int32_t>(before & 0xffff));
-    own.count = all_listed ? num_keys_of_run : __popc(mask);
-    own.mine = all_listed ? min(num_keys_of_run, block.lane() + 1) : __popc(mask & up_to_own);
-    own.candidates_before = survey_old.count + (before & 0xffff);
-    own.candidates = own.candidates_before + __popc(mask & up_to_own);
-    own.pinned_before = survey_old.pinned + (before >> 16);
-    own.pinned = own.pinned_before + __popc(pinned_mask & up_to_own);
+    own.has_result = before + block.lane() < num_results;
+    own.first = old + before;
+    own.count = min(kWarpSize - 1 + first_result, entering - before);
+    own.mine = min(block.lane() + first_result, own.count);
+    own.pinned_before = own.pinned = survey_old.pinned;
+    if (survey.pinned > survey_old.pinned) {
+      for (int32_t i = 0; i < before + own.mine; ++i) {
+        const int pinned = tile.keys[old + i] == Gate::kHighest ? 1 : 0;
+        own.pinned += pinned;
+        own.pinned_before += i < before ? pinned : 0;
+      }
+    }
+    if (shortened) {
+      own.candidates_before = survey_old.count + before;
+      own.candidates = own.candidates_before + own.mine;
+    } else {
+      const unsigned mask = __ballot_sync(kAllLanes, survives(own_key(run)));
+      own.candidates_before = survey_old.count + counted_before(run);
+      own.candidates = own.candidates_before + __popc(mask & (lanes_before(block.lane()) | 1u << block.lane()));
+    }
     own.nearby = shared.nearby + block.warp() * kNearbyRoom;
     own.fixed = shared.fixed + block.warp() * kNearbyRoom;
     const Level result = solve_run<Gate>(tile, own);
-    if (own.has_key) column.after_key[begin + run * kWarpSize + block.lane()] = result;
+    if (own.has_result) shared.results[before + first_result + block.lane()] = result;
     __syncwarp();
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int step = block.warp(); step < kSteps; step += kWarps) {
+    const int i = step * kWarpSize + block.lane();
+    const unsigned mask = __ballot_sync(kAllLanes, enters(own_key(step)));
+    const unsigned up_to_own = lanes_before(block.lane()) | 1u << block.lane();
+    const int entered = shortened ? counted_before(step) + __popc(mask & up_to_own) : i + 1;
+    if (i < count) column.after_key[begin + i] = shared.results[entered];
   }
 }
 
 template <typename Gate>
-void launch(const Params<Gate>& params, cudaStream_t stream) {
+void find_levels(const Params<Gate>& params, cudaStream_t stream) {
   const Sequences& sequences = params.sequences;
   const int64_t columns = sequences.count * params.groups;
   const int64_t tiles =
@@ -440,17 +474,11 @@ void launch(const Params<Gate>& params, cudaStream_t stream) {
   if (tiles == 0 || sequences.keys == 0) return;
   const int64_t capacity = kMaxSurvivorsOf<Gate> + kChunkOf<Gate>;
   if (sequences.keys > kChunkOf<Gate>) {
-    const int size = static_cast<int>(capacity * sizeof(typename Gate::Level));
-    check_cuda(cudaFuncSetAttribute(find_survivors<Gate>, cudaFuncAttributeMaxDynamicSharedMemorySize, size),
-               "shared memory of find_survivors");
-    find_survivors<Gate><<<static_cast<unsigned>(columns), kWalkThreads, size, stream>>>(params);
-    check_cuda(cudaGetLastError(), "find_survivors");
+    launch("find_survivors", find_survivors<Gate>, columns, kWalkThreads, capacity * sizeof(typename Gate::Level),
+           stream, params);
   }
-  const int size = static_cast<int>(TileMemory<Gate>::bytes(std::min(capacity, sequences.keys)));
-  check_cuda(cudaFuncSetAttribute(solve_tiles<Gate>, cudaFuncAttributeMaxDynamicSharedMemorySize, size),
-             "shared memory of solve_tiles");
-  solve_tiles<Gate><<<static_cast<unsigned>(tiles), kTileThreads, size, stream>>>(params);
-  check_cuda(cudaGetLastError(), "solve_tiles");
+  launch("solve_tiles", solve_tiles<Gate>, tiles, kTileThreads,
+         TileMemory<Gate>::bytes(std::min(capacity, sequences.keys)), stream, params);
 }
 
 }  // namespace
@@ -458,9 +486,9 @@ void launch(const Params<Gate>& params, cudaStream_t stream) {
 template <typename T, bool kHard>
 void launch_levels(const LevelParams<T, kHard>& params, cudaStream_t stream) {
   if constexpr (kHard) {
-    launch<HardGate<T>>(params, stream);
+    find_levels<HardGate<T>>(params, stream);
   } else {
-    launch<SoftGate<T>>(params, stream);
+    find_levels<SoftGate<T>>(params, stream);
   }
 }
 

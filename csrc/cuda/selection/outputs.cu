@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cuda/common/device.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/selection/gates.cuh"
 #include "cuda/selection/params.h"
 
@@ -94,15 +94,9 @@ template <typename T>
 void launch_outputs(const OutputParams<T>& params, cudaStream_t stream) {
   const Sequences& sequences = params.sequences;
   const int64_t key_blocks = sequences.num_items(sequences.cu_k, sequences.keys, kKeyItems) * params.groups;
-  if (key_blocks > 0) {
-    find_expiries<T><<<static_cast<unsigned>(key_blocks), kThreads, 0, stream>>>(params);
-    check_cuda(cudaGetLastError(), "find_expiries");
-  }
+  launch("find_expiries", find_expiries<T>, key_blocks, kThreads, 0, stream, params);
   const int64_t query_blocks = sequences.num_items(sequences.cu_q, sequences.queries, kQueryItems) * params.groups;
-  if (query_blocks > 0) {
-    write_thresholds<T><<<static_cast<unsigned>(query_blocks), kThreads, 0, stream>>>(params);
-    check_cuda(cudaGetLastError(), "write_thresholds");
-  }
+  launch("write_thresholds", write_thresholds<T>, query_blocks, kThreads, 0, stream, params);
 }
 
 template void launch_outputs(const OutputParams<float>&, cudaStream_t);

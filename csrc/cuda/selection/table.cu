@@ -1,33 +1,14 @@
 // Scores of any dtype and strides as a contiguous table, one sequence after the other.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/common/device.h"
+#include "cuda/common/elements.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/selection/params.h"
 
 namespace sparsek::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr int kThreads = 256;
 constexpr int kKeys = 64;    // of a tile
 constexpr int kGroups = 32;  // of a tile, at most
-
-template <typename T>
-__device__ T load(const Rows& rows, int64_t batch, int64_t key, int64_t group) {
-  const char* at = rows.row(batch, key, group);
-  switch (rows.dtype) {
-    case ScalarType::Double:
-      return static_cast<T>(*reinterpret_cast<const double*>(at));
-    case ScalarType::Float:
-      return *reinterpret_cast<const float*>(at);
-    case ScalarType::BFloat16:
-      return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(at));
-    default:
-      return __half2float(*reinterpret_cast<const __half*>(at));
-  }
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) fill_table(TableParams<T> params) {
@@ -44,19 +25,22 @@ __global__ void __launch_bounds__(kThreads) fill_table(TableParams<T> params) {
   int group_bits = 0;
   while (1 << group_bits < num_groups) ++group_bits;
   const bool keys_are_close = params.scores.stride[1] == 1;  // else groups usually are
-  for (int i = threadIdx.x; i < kKeys << group_bits; i += kThreads) {
-    const int key = keys_are_close ? i % kKeys : i >> group_bits;
-    const int group = keys_are_close ? i / kKeys : i & ((1 << group_bits) - 1);
-    if (key >= num_keys || group >= num_groups) continue;
-    const T score = load<T>(params.scores, batch, first_key + key, first_group + group);
-    tile[group][key] = score;
-    if (isnan(score)) {
-      const Sequences& sequences = params.sequences;
-      const bool packed = sequences.cu_k != nullptr;
-      const int64_t s = packed ? sequences.find(sequences.cu_k, keys, {1, 0}, first_key + key) : batch;
-      params.has_nan[s * params.groups + first_group + group] = 1;
+  with_stored(params.scores.dtype, [&](auto stored) {
+    using Stored = typename decltype(stored)::type;
+    for (int i = threadIdx.x; i < kKeys << group_bits; i += kThreads) {
+      const int key = keys_are_close ? i % kKeys : i >> group_bits;
+      const int group = keys_are_close ? i / kKeys : i & ((1 << group_bits) - 1);
+      if (key >= num_keys || group >= num_groups) continue;
+      const T score = read<T, Stored>(params.scores.row(batch, first_key + key, first_group + group), 0);
+      tile[group][key] = score;
+      if (isnan(score)) {
+        const Sequences& sequences = params.sequences;
+        const bool packed = sequences.cu_k != nullptr;
+        const int64_t s = packed ? sequences.find(sequences.cu_k, keys, {1, 0}, first_key + key) : batch;
+        params.has_nan[s * params.groups + first_group + group] = 1;
+      }
     }
-  }
+  });
   __syncthreads();
   for (int i = threadIdx.x; i < num_groups * kKeys; i += kThreads) {
     const int key = i % kKeys, group = i / kKeys;
@@ -71,9 +55,8 @@ template <typename T>
 void launch_table(const TableParams<T>& params, cudaStream_t stream) {
   const int64_t key_tiles = (params.sequences.keys + kKeys - 1) / kKeys;
   const int64_t blocks = key_tiles * ((params.groups + kGroups - 1) / kGroups) * params.batch;
-  if (blocks == 0 || params.sequences.count == 0) return;
-  fill_table<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
-  check_cuda(cudaGetLastError(), "fill_table");
+  if (params.sequences.count == 0) return;
+  launch("fill_table", fill_table<T>, blocks, kThreads, 0, stream, params);
 }
 
 template void launch_table(const TableParams<float>&, cudaStream_t);
