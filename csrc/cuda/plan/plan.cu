@@ -7,18 +7,9 @@
 namespace sparsek::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kPerThread = 4;
-constexpr int kStep = kThreads * kPerThread;  // keys looked at together
+constexpr int kPerThread = 16;  // keys whose loads are under way together
 
-// The parts of a list, in order. What a key's score exceeds the first threshold by tells how soon its gate sinks below
-// 1 and reaches 0 as thresholds rise within the run.
-constexpr int kParts = 5;
-constexpr float kSolid = 1.25f, kLasting = 0.4f, kFading = 0.15f;
-enum Part { kEntering = kParts - 1, kUnseen = kParts };
-
-// What decides which part of a run's list a key belongs to.
+// What decides whether a key is in a run's list, and where.
 struct Run {
   int32_t begin;   // first position of the run
   int32_t first;   // position of its first query
@@ -28,95 +19,169 @@ struct Run {
   const int32_t* expiry;  // [keys of the sequence]
   const float* score;     // [keys of the sequence]
 
-  __device__ int part(int32_t key) const {
-    if (!causal) {
-      if (expiry[key] != kNever) return kUnseen;
-    } else {
-      const int64_t entry = key + window;
-      if (entry > first) return expiry[key] > entry ? kEntering : kUnseen;
-      if (expiry[key] <= first) return kUnseen;
-    }
-    const float u = score[key];
-    return u >= threshold + kSolid ? 0 : u >= threshold + kLasting ? 1 : u >= threshold + kFading ? 2 : 3;
+  // Of a key that competes at the first query.
+  __device__ bool is_seen_at_once(int32_t expires) const { return causal ? expires > first : expires == kNever; }
+  // Of a key that competes later.
+  __device__ bool is_seen_later(int32_t key, int32_t expires) const { return expires > key + window; }
+
+  // The order of what is seen at once: by score, the highest first, and where the first gate is 1 for long or for
+  // any score, as the keys lie. How far a score exceeds the first threshold tells how soon its gate sinks below 1 and
+  // reaches 0 as thresholds rise within the run.
+  static constexpr int kLevels = 64;
+  __device__ int level(float u) const {
+    constexpr float kHighest = 2.0f, kPerUnit = (kLevels - 2) / kHighest;
+    const float above = u - threshold;
+    return above < kHighest ? 1 + static_cast<int>(fminf((kHighest - above) * kPerUnit, kLevels - 2)) : 0;
   }
 };
 
-struct Counts {
-  int32_t part[kParts];
+// The threads of a CTA that makes one run's list.
+template <int kThreads>
+struct Lister {
+  static constexpr int kWarps = kThreads / 32, kStep = kThreads * kPerThread;
+  int32_t warp_counts[2][kWarps];
+  int32_t level_slots[kWarps][Run::kLevels];
 
-  __device__ int32_t before(int part_) const {
-    int32_t sum = 0;
+  // Calls visit(key, rank) for the keys of [begin, end) that are seen(key, expiry), in ascending order; returns how
+  // many there are.
+  template <typename Seen, typename Visit>
+  __device__ int32_t scan(const int32_t* expiry, int32_t begin, int32_t end, const Seen& seen, const Visit& visit) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int32_t filled = 0;
+    int turn = 0;
+    __syncthreads();  // warp_counts may be in use
+    for (int64_t base = begin; base < end; base += kStep, turn ^= 1) {
+      const int64_t start = base + warp * 32 * kPerThread + lane;
+      int32_t expires[kPerThread];
 #pragma unroll
-    for (int c = 0; c < kParts; ++c) sum += c < part_ ? part[c] : 0;
-    return sum;
-  }
-};
-
-// Calls visit(key, part, rank in its part) for the seen keys among [0, end), in ascending order within each part.
-// Returns how many of each part there are.
-template <typename Visit>
-__device__ Counts for_each_seen(const Run& run, int32_t end, const Visit& visit) {
-  __shared__ int32_t warp_counts[2][kWarps][kParts];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t below = (1u << lane) - 1;
-  Counts total{};
-  int turn = 0;
-  for (int32_t base = 0; base < end; base += kStep, turn ^= 1) {
-    int parts[kPerThread];
-    int32_t mine[kParts] = {};
-    const int32_t start = base + warp * 32 * kPerThread + lane;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int32_t key = start + i * 32;
-      parts[i] = key < end ? run.part(key) : kUnseen;
-#pragma unroll
-      for (int c = 0; c < kParts; ++c) mine[c] += __popc(__ballot_sync(~0u, parts[i] == c));
-    }
-#pragma unroll
-    for (int c = 0; c < kParts; ++c)
-      if (lane == c) warp_counts[turn][warp][c] = mine[c];
-    __syncthreads();  // one barrier a step: the other half of warp_counts is free by the next
-#pragma unroll
-    for (int c = 0; c < kParts; ++c) {
-      int32_t rank = total.part[c];
-      for (int w = 0; w < kWarps; ++w) {
-        const int32_t count = warp_counts[turn][w][c];
-        if (w < warp) rank += count;
-        total.part[c] += count;
-      }
+      for (int i = 0; i < kPerThread; ++i) expires[i] = start + i * 32 < end ? expiry[start + i * 32] : 0;
+      uint32_t votes[kPerThread];
+      int32_t mine = 0;
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
-        const uint32_t votes = __ballot_sync(~0u, parts[i] == c);
-        if (parts[i] == c) visit(start + i * 32, c, rank + __popc(votes & below));
-        rank += __popc(votes);
+        const int64_t key = start + i * 32;
+        votes[i] = __ballot_sync(~0u, key < end && seen(static_cast<int32_t>(key), expires[i]));
+        mine += __popc(votes[i]);
+      }
+      if (lane == 0) warp_counts[turn][warp] = mine;
+      __syncthreads();  // one barrier a step: the other half of warp_counts is free by the next
+      const int32_t count = lane < kWarps ? warp_counts[turn][lane] : 0;
+      int32_t rank = filled + __reduce_add_sync(~0u, lane < warp ? count : 0);
+      filled += __reduce_add_sync(~0u, count);
+      if (mine == 0) continue;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        if (votes[i] >> lane & 1) visit(static_cast<int32_t>(start) + i * 32, rank + __popc(votes[i] & below(lane)));
+        rank += __popc(votes[i]);
       }
     }
+    return filled;
   }
-  return total;
+
+  // Calls visit(key, score, rank) for keys [count], ordered by their levels and, on equal ones, as they are.
+  template <typename Visit>
+  __device__ void sort(const Run& run, const int32_t* keys, int32_t count, const Visit& visit) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int32_t share = (count + kThreads - 1) / kThreads * 32;  // of a warp: keys next to each other
+    const int32_t begin = min(warp * share, count), end = min(begin + share, count);
+    int32_t* const slots = level_slots[warp];
+    for (int level = lane; level < Run::kLevels; level += 32) slots[level] = 0;
+    __syncthreads();
+    for (int32_t base = begin; base < end; base += 32) {
+      const int32_t i = base + lane;
+      const int level = i < end ? run.level(run.score[keys[i]]) : Run::kLevels;
+      const uint32_t peers = __match_any_sync(~0u, level);
+      if (i < end && (peers & below(lane)) == 0) slots[level] += __popc(peers);
+      __syncwarp();
+    }
+    __syncthreads();
+    if (warp == 0) {
+      constexpr int kOfLane = Run::kLevels / 32;
+      int32_t counts[kOfLane][kWarps], sum = 0;
+#pragma unroll
+      for (int l = 0; l < kOfLane; ++l) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += counts[l][w] = level_slots[w][kOfLane * lane + l];
+      }
+      int32_t slot = sum;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, slot, offset);
+        slot += lane >= offset ? other : 0;
+      }
+      slot -= sum;
+#pragma unroll
+      for (int l = 0; l < kOfLane; ++l) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          level_slots[w][kOfLane * lane + l] = slot;
+          slot += counts[l][w];
+        }
+      }
+    }
+    __syncthreads();
+    for (int32_t base = begin; base < end; base += 32) {
+      const int32_t i = base + lane;
+      const int32_t key = i < end ? keys[i] : 0;
+      const float score = i < end ? run.score[key] : 0.0f;
+      const int level = i < end ? run.level(score) : Run::kLevels;
+      const uint32_t peers = __match_any_sync(~0u, level);
+      const int32_t rank = i < end ? slots[level] + __popc(peers & below(lane)) : 0;
+      __syncwarp();
+      if (i < end && (peers & below(lane)) == 0) slots[level] += __popc(peers);
+      __syncwarp();
+      if (i < end) visit(key, score, rank);
+    }
+  }
+
+ private:
+  __device__ static uint32_t below(int lane) { return (1u << lane) - 1; }
+};
+
+// The latest expiry of each block of keys in [begin, end).
+template <int kThreads>
+__device__ void bound_blocks(const int32_t* expiry, int64_t begin, int64_t end, int32_t* out, int64_t stride) {
+  for (int64_t block = begin / kBlock + threadIdx.x / 32; block * kBlock < end; block += kThreads / 32) {
+    int32_t latest = 0;
+    for (int64_t key = block * kBlock + threadIdx.x % 32; key < min((block + 1) * kBlock, end); key += 32)
+      latest = max(latest, expiry[key]);
+    latest = __reduce_max_sync(~0u, latest);
+    if (threadIdx.x % 32 == 0) out[block * stride] = latest;
+  }
 }
 
+// `room`: for keys that are sorted together, in shared memory behind the Lister.
+template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    list_runs(const __grid_constant__ AttentionParams<float> p, const __grid_constant__ Plan plan) {
+    list_runs(const __grid_constant__ AttentionParams<float> p, const __grid_constant__ Plan plan, int64_t room) {
+  extern __shared__ __align__(16) char memory[];
+  auto& lister = *reinterpret_cast<Lister<kThreads>*>(memory);
+  int32_t* const keys = reinterpret_cast<int32_t*>(memory + sizeof(lister));
   const Sequences& sequences = p.sequences;
-  const int64_t item = blockIdx.x / p.groups, group = blockIdx.x % p.groups;
+  // Late runs look at more keys, and so start first.
+  const int64_t index = static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x;
+  const int64_t item = divide(index, p.groups), group = index - item * p.groups;
   const int64_t s = sequences.find(sequences.cu_k, p.keys, plan.runs, item);
   const Sequence sequence = sequences.at(s);
   const int64_t r = item - sequences.first_item(sequences.cu_k, p.keys, plan.runs, s);
-  const int64_t first_slot =
-      plan.first_slot(item, sequences.first_item(sequences.cu_k, p.keys, plan.blocks, s), group, p.groups);
+  const int64_t first_block = sequences.first_item(sequences.cu_k, p.keys, plan.blocks, s);
+  const int64_t first_slot = plan.first_slot(item, first_block, group, p.groups);
   RunHead& head = plan.head[item * p.groups + group];
 
   const int64_t column = (sequence.batch * p.groups + group) * p.keys + sequence.key_begin;
   const float* threshold = p.threshold + (sequence.batch * p.groups + group) * p.queries + sequence.query_begin;
   Run run{0, 0, p.pattern.window, p.pattern.causal, 0.0f, p.expiry + column, p.scores + column};
   int64_t end = sequence.keys;  // of the keys that may be listed
+  int64_t old_end = end;        // of those that compete at the first query
   bool empty = sequence.queries == 0 || sequence.keys == 0;
   if (p.pattern.causal) {
     const int64_t begin = r * plan.runs.size;
     const int64_t run_end = min(begin + plan.runs.size, static_cast<int64_t>(sequence.keys));
+    bound_blocks<kThreads>(run.expiry, begin, run_end, plan.dense_expiry + first_block * p.groups + group, p.groups);
     run.begin = static_cast<int32_t>(min(begin, static_cast<int64_t>(kNever)));
     run.first = max(run.begin, max(sequence.shift(), 0));
     end = run_end - p.pattern.window;
+    old_end = max(min(run.first - p.pattern.window + 1, end), int64_t{0});
     empty = empty || run.first >= run_end || end <= 0;
   }
   if (!empty) {
@@ -128,25 +193,40 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
 
-  const int32_t last = static_cast<int32_t>(end);
-  const Counts counts = for_each_seen(run, last, [](int32_t, int, int32_t) {});
-  const int32_t entering = counts.before(kEntering), count = counts.before(kParts);
-  // Keys enter one a position, so that what was there before decides: later tokens must not change the order of sums.
-  if (plan.list_size > 0 && entering > plan.list_size - plan.runs.size) {
-    if (threadIdx.x == 0) head = {kDense, 0};
-    return;
-  }
-  if (threadIdx.x == 0) head = {count, entering};
-  __syncthreads();  // the shared counts are used again
   int32_t* key_out = plan.key + first_slot;
   float* score_out = plan.score + first_slot;
-  for_each_seen(run, last, [&](int32_t key, int part, int32_t rank) {
-    const int32_t slot = rank + counts.before(part);
+  const auto write = [&](int32_t slot, int32_t key, float score) {
     key_out[slot] = key;
-    score_out[slot] = p.pattern.hard ? static_cast<float>(min(run.expiry[key] - run.begin, kFarAhead)) : run.score[key];
-  });
+    score_out[slot] = p.pattern.hard ? static_cast<float>(min(run.expiry[key] - run.begin, kFarAhead)) : score;
+  };
+  // Not causal: piece by piece, each sorted for itself.
+  const int64_t piece = p.pattern.causal ? max(old_end, int64_t{1}) : room;
+  int32_t count = 0;
+  for (int64_t begin = 0; begin < old_end; begin += piece) {
+    const int32_t seen = lister.scan(
+        run.expiry, static_cast<int32_t>(begin), static_cast<int32_t>(min(begin + piece, old_end)),
+        [&](int32_t, int32_t expires) { return run.is_seen_at_once(expires); },
+        [&](int32_t key, int32_t rank) {
+          if (rank < room) keys[rank] = key;
+        });
+    // Keys enter one a position, so that what was there before decides: later tokens must not change the order of sums.
+    if (plan.list_size > 0 && seen > plan.list_size - plan.runs.size) {
+      if (threadIdx.x == 0) head = {kDense, 0};
+      return;
+    }
+    __syncthreads();
+    lister.sort(run, keys, seen, [&](int32_t key, float score, int32_t rank) { write(count + rank, key, score); });
+    count += seen;
+    __syncthreads();
+  }
+  const int32_t entering = count;
+  count += lister.scan(
+      run.expiry, static_cast<int32_t>(old_end), static_cast<int32_t>(end),
+      [&](int32_t key, int32_t expires) { return run.is_seen_later(key, expires); },
+      [&](int32_t key, int32_t rank) { write(entering + rank, key, run.score[key]); });
+  if (threadIdx.x == 0) head = {count, entering};
   __syncthreads();
-  for (int32_t block = threadIdx.x / 32; block * kBlock < count; block += kWarps) {
+  for (int32_t block = threadIdx.x / 32; block * kBlock < count; block += kThreads / 32) {
     int32_t expiry = 0;
     float score = std::numeric_limits<float>::infinity();
     for (int32_t slot = block * kBlock + threadIdx.x % 32; slot < min(count, (block + 1) * kBlock); slot += 32) {
@@ -160,25 +240,6 @@ __global__ void __launch_bounds__(kThreads)
       plan.block_score[first_slot / kBlock + block] = score;
     }
   }
-}
-
-// One warp per block of keys.
-__global__ void __launch_bounds__(kThreads)
-    bound_blocks(const __grid_constant__ AttentionParams<float> p, const __grid_constant__ Plan plan) {
-  const Sequences& sequences = p.sequences;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (index >= plan.num_blocks * p.groups) return;
-  const int64_t item = index / p.groups, group = index % p.groups;
-  const int64_t s = sequences.find(sequences.cu_k, p.keys, plan.blocks, item);
-  const Sequence sequence = sequences.at(s);
-  const int64_t begin = (item - sequences.first_item(sequences.cu_k, p.keys, plan.blocks, s)) * kBlock;
-  const int32_t* expiry = p.expiry + (sequence.batch * p.groups + group) * p.keys + sequence.key_begin;
-  int32_t latest = 0;
-  for (int64_t key = begin + threadIdx.x % 32; key < min(begin + kBlock, static_cast<int64_t>(sequence.keys));
-       key += 32)
-    latest = max(latest, expiry[key]);
-  latest = __reduce_max_sync(~0u, latest);
-  if (threadIdx.x % 32 == 0) plan.dense_expiry[index] = latest;
 }
 
 constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -226,10 +287,17 @@ PlanMemory make_plan(const AttentionParams<float>& params, int64_t run_size, con
   plan.block_score = reinterpret_cast<float*>(base + block_score);
   plan.dense_expiry = reinterpret_cast<int32_t*>(base + dense_expiry);
 
-  launch("list_runs", list_runs, lists, kThreads, 0, stream, params, plan);
-  if (causal)
-    launch("bound_blocks", bound_blocks, (plan.num_blocks * params.groups + kWarps - 1) / kWarps, kThreads, 0, stream,
-           params, plan);
+  constexpr int64_t kPiece = 8192, kShort = 2048;
+  const int64_t room = std::max<int64_t>(std::min(causal ? plan.list_size - run_size : kPiece, params.keys), 1);
+  const bool is_short = params.keys <= (sequences.cu_k == nullptr ? kShort : kShort * sequences.count);
+  const auto list = [&](auto kernel, int threads, size_t size) {
+    launch("list_runs", kernel, lists, threads, size + room * sizeof(int32_t), stream, params, plan, room);
+  };
+  if (is_short) {
+    list(list_runs<128>, 128, sizeof(Lister<128>));
+  } else {
+    list(list_runs<512>, 512, sizeof(Lister<512>));
+  }
   return {plan, workspace};
 }
 

@@ -1,10 +1,11 @@
 // Lists of the keys that a run of queries sees, which the tensor-core kernels gather by.
 //
 // A run is a stretch of consecutive positions of one sequence (all of them where the call is not causal), for one
-// key/value head. Its slots are, in this order and in ascending order of the keys in each part:
-//   seen at once: keys that its first query sees by their scores, in four parts by how far those exceed its threshold,
-//       the highest first: neighbours keep their gates at 1, or above 0, about equally long;
-//   entering: keys whose window ends within the run, seen by their scores from position key + window on.
+// key/value head. Its slots are, in this order:
+//   seen at once: keys that its first query sees by their scores, the highest first, to a thirtieth, and in ascending
+//       order of the keys where those are as high: neighbours keep their gates at 1, or above 0, about equally long;
+//   entering: keys whose window ends within the run, seen by their scores from position key + window on, in ascending
+//       order.
 // Nothing in that order depends on later tokens, so neither does a bit of what a query computes. Keys are not listed
 // for the queries that have them in their window: kernels read those where they lie.
 //

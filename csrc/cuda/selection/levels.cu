@@ -169,19 +169,25 @@ __global__ void __launch_bounds__(kWalkThreads) find_survivors(Params<Gate> para
 template <typename Gate>
 struct TileMemory {
   using Level = typename Gate::Level;
-  uint64_t* fixed;  // [kWarps, kNearbyRoom]
-  Level* nearby;    // [kWarps, kNearbyRoom]
-  Level* results;   // [kTile + 1]
-  Level* list;      // [keys that survive or follow in the chunk]
+  static constexpr int kScratch = BlockGroup<kTileThreads>::kScratch;
+  char* scratch;          // of the block
+  uint32_t* step_counts;  // [kSteps] keys above Tile::lower, later: above Tile::low
+  uint64_t* fixed;        // [kWarps, kNearbyRoom]
+  Level* nearby;          // [kWarps, kNearbyRoom]
+  Level* results;         // [kTile + 1]
+  Level* list;            // [keys that survive or follow in the chunk]
 
   __device__ explicit TileMemory(char* memory)
-      : fixed(reinterpret_cast<uint64_t*>(memory)),
+      : scratch(memory),
+        step_counts(reinterpret_cast<uint32_t*>(scratch + kScratch)),
+        fixed(reinterpret_cast<uint64_t*>(step_counts + kSteps)),
         nearby(reinterpret_cast<Level*>(fixed + kWarps * kNearbyRoom)),
         results(nearby + kWarps * kNearbyRoom),
         list(results + kTile + 1) {}
 
   static int64_t bytes(int64_t listed) {
-    return kWarps * kNearbyRoom * sizeof(uint64_t) + (kWarps * kNearbyRoom + kTile + 1 + listed) * sizeof(Level);
+    return kScratch + kSteps * sizeof(uint32_t) + kWarps * kNearbyRoom * sizeof(uint64_t) +
+           (kWarps * kNearbyRoom + kTile + 1 + listed) * sizeof(Level);
   }
 };
 
@@ -294,10 +300,9 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   constexpr int kLength = kChunkOf<Gate>, kRoom = kMaxSurvivorsOf<Gate>;
   static_assert(kLength % kTile == 0);
   extern __shared__ __align__(16) char memory[];
-  __shared__ __align__(16) char scratch[Block::kScratch];
-  __shared__ uint32_t step_counts[kSteps];  // keys above Tile::lower, later: above Tile::low
   const TileMemory<Gate> shared(memory);
-  Block block{static_cast<int>(threadIdx.x), scratch};
+  Block block{static_cast<int>(threadIdx.x), shared.scratch};
+  uint32_t* const step_counts = shared.step_counts;
 
   const int64_t item = divide(blockIdx.x, params.groups), group = blockIdx.x - item * params.groups;
   const Sequences& sequences = params.sequences;
