@@ -36,7 +36,6 @@ template <typename Gate>
 struct Nearby {
   Keys<Gate> keys;
   int32_t count;
-  const uint64_t* fixed;  // [count] keys in fixed point, or null
 };
 
 template <typename Real>
@@ -188,75 +187,59 @@ struct SoftGate {
                                 int64_t num_keys, float share_of_interval);
 };
 
+// Who is fractional at a level, and what borders on them.
 template <typename T>
-__device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& settled, T low, T high, int64_t num_keys,
-                                float share_of_interval) {
-  constexpr int kApproximateSteps = 2;
-  constexpr int kMaxSteps = 256;
-  T guess = low + (high - low) * share_of_interval;
-  if (!(guess >= low && guess <= high)) guess = middle(low, high);
-  {
-    T a = low, b = high;
-    const Real budget_left = budget(num_keys) - settled.saturated;
-    for (int step = 0; step < kApproximateSteps; ++step) {
-      Mass<Real> mass;
-      if (settled.fractional > 0) {
-        mass.kept = settled.total - settled.fractional * (guess - settled.origin);
-        mass.slope = settled.fractional;
-      }
-#pragma unroll 4
-      for (int32_t i = 0; i < nearby.count; ++i) add(nearby.keys[i], guess, mass);
-      const Real excess = mass.kept - budget_left;
-      (excess > 0 ? a : b) = guess;
-      const T next = newton(guess, excess, mass.slope);
-      guess = next >= a && next <= b ? next : middle(a, b);
-    }
+struct Census {
+  int32_t saturated, fractional;
+  __int128 sum;     // of the fractional scores less the origin, in fixed point
+  uint64_t origin;  // in fixed point
+  T lowest = SoftGate<T>::kHighest, highest = SoftGate<T>::kLowest;  // fractional score
+  T highest_dropped;
+  T lowest_saturated = SoftGate<T>::kHighest;
+
+  // The settled fractional scores, of which no other may be counted yet.
+  __device__ void start(const typename SoftGate<T>::Settled& settled, T low, uint64_t origin_) {
+    origin = origin_;
+    saturated = settled.saturated;
+    fractional = settled.fractional;
+    lowest = settled.lowest;
+    highest_dropped = low;
+    sum = settled.sum + static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(settled.origin) - origin);
   }
+};
+
+// From count(dropped_to, saturated_from), a census of the keys in between.
+template <typename T, typename Count>
+__device__ T find_root(const Count& count, T low, T high, T guess, int64_t num_keys) {
+  constexpr int kMaxSteps = 256;
   double a = low, b = high, at = guess;
   bool last = false;  // a and b are next to each other
   for (int step = 0; step < kMaxSteps; ++step) {
     // For T = float the comparisons with these bounds are exact.
-    const T dropped_to = round_down(at, T()), saturated_from = round_up(at + 1, T());
-    int32_t saturated = settled.saturated, fractional = settled.fractional;
-    __int128 sum = settled.sum;
-    T lowest = settled.lowest, highest = kLowest, highest_dropped = low, lowest_saturated = kHighest;
-    // Everything fractional lies within 2 of this origin, or is the same number.
-    const uint64_t origin = fixed_point(dropped_to);
-    sum += static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(settled.origin) - origin);
-#pragma unroll 1
-    for (int32_t i = 0; i < nearby.count; ++i) {
-      const T key = nearby.keys[i];
-      const bool is_dropped = !(key > dropped_to), is_saturated = key >= saturated_from;
-      const bool is_fractional = !is_dropped && !is_saturated;
-      const uint64_t fixed = nearby.fixed != nullptr ? nearby.fixed[i] : fixed_point(key);
-      sum += is_fractional ? static_cast<int64_t>(fixed - origin) : 0;
-      fractional += is_fractional ? 1 : 0;
-      saturated += is_saturated ? 1 : 0;
-      highest_dropped = higher_of(highest_dropped, is_dropped ? key : kLowest);
-      lowest_saturated = lower_of(lowest_saturated, is_saturated ? key : kHighest);
-      lowest = lower_of(lowest, is_fractional ? key : kHighest);
-      highest = higher_of(highest, is_fractional ? key : kLowest);
-    }
-    const int64_t share = num_keys - saturated;  // what the fractional gates must sum to
-    double root = highest_dropped;
+    const Census<T> census = count(round_down(at, T()), round_up(at + 1, T()));
+    const int32_t fractional = census.fractional;
+    T lowest = census.lowest;
+    const int64_t share = num_keys - census.saturated;  // what the fractional gates must sum to
+    double root = census.highest_dropped;
     bool solved = last;
-    if (share == fractional && (fractional == 0 || highest_dropped <= static_cast<double>(lowest) - 1)) {
+    if (share == fractional && (fractional == 0 || census.highest_dropped <= static_cast<double>(lowest) - 1)) {
       // Whole gates alone: of all levels between the dropped and the saturated keys, the lowest.
       solved = true;
-      lowest = kHighest;
+      lowest = SoftGate<T>::kHighest;
     } else if (fractional > 0) {
       // Relative to the lowest fractional score: its own gate decides, by an exact sign, whether it is one.
       const __int128 above =
-          sum - static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(lowest) - origin);
+          census.sum - static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(lowest) - census.origin);
       const __int128 excess = above - (static_cast<__int128>(share) << 62);
       root = lowest + to_double(excess) / fractional;
-      solved |= excess < 0 && root >= highest_dropped && root <= static_cast<double>(lowest_saturated) - 1 &&
-                root >= static_cast<double>(highest) - 1;
-      if (last && root < highest_dropped) root = highest_dropped;
+      solved |= excess < 0 && root >= census.highest_dropped &&
+                root <= static_cast<double>(census.lowest_saturated) - 1 &&
+                root >= static_cast<double>(census.highest) - 1;
+      if (last && root < census.highest_dropped) root = census.highest_dropped;
     }
     if (solved || step + 1 == kMaxSteps) {
       T rounded = round_down(root, T());
-      if (rounded >= lowest) rounded = nextafter(lowest, kLowest);
+      if (rounded >= lowest) rounded = nextafter(lowest, SoftGate<T>::kLowest);
       return rounded;
     }
     const bool too_low = fractional > 0 ? root > at : share < 0;
@@ -268,6 +251,54 @@ __device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& s
     }
   }
   return low;  // not reached
+}
+
+template <typename T>
+__device__ T guess_between(T low, T high, float share_of_interval) {
+  const T guess = low + (high - low) * share_of_interval;
+  return guess >= low && guess <= high ? guess : SoftGate<T>::middle(low, high);
+}
+
+template <typename T>
+__device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& settled, T low, T high, int64_t num_keys,
+                                float share_of_interval) {
+  constexpr int kApproximateSteps = 2;
+  T guess = guess_between(low, high, share_of_interval);
+  T a = low, b = high;
+  const Real budget_left = budget(num_keys) - settled.saturated;
+  for (int step = 0; step < kApproximateSteps; ++step) {
+    Mass<Real> mass;
+    if (settled.fractional > 0) {
+      mass.kept = settled.total - settled.fractional * (guess - settled.origin);
+      mass.slope = settled.fractional;
+    }
+#pragma unroll 4
+    for (int32_t i = 0; i < nearby.count; ++i) add(nearby.keys[i], guess, mass);
+    const Real excess = mass.kept - budget_left;
+    (excess > 0 ? a : b) = guess;
+    const T next = newton(guess, excess, mass.slope);
+    guess = next >= a && next <= b ? next : middle(a, b);
+  }
+  const auto count = [&](T dropped_to, T saturated_from) {
+    Census<T> census;
+    // Everything fractional lies within 2 of this origin, or is the same number.
+    census.start(settled, low, fixed_point(dropped_to));
+#pragma unroll 1
+    for (int32_t i = 0; i < nearby.count; ++i) {
+      const T key = nearby.keys[i];
+      const bool is_dropped = !(key > dropped_to), is_saturated = key >= saturated_from;
+      const bool is_fractional = !is_dropped && !is_saturated;
+      census.sum += is_fractional ? static_cast<int64_t>(fixed_point(key) - census.origin) : 0;
+      census.fractional += is_fractional ? 1 : 0;
+      census.saturated += is_saturated ? 1 : 0;
+      census.highest_dropped = higher_of(census.highest_dropped, is_dropped ? key : kLowest);
+      census.lowest_saturated = lower_of(census.lowest_saturated, is_saturated ? key : kHighest);
+      census.lowest = lower_of(census.lowest, is_fractional ? key : kHighest);
+      census.highest = higher_of(census.highest, is_fractional ? key : kLowest);
+    }
+    return census;
+  };
+  return find_root(count, low, high, guess, num_keys);
 }
 
 template <typename T>

@@ -7,6 +7,7 @@
 #include "cuda/selection/group.cuh"
 #include "cuda/selection/narrow.cuh"
 #include "cuda/selection/params.h"
+#include "cuda/selection/sorted.cuh"
 
 namespace sparsek::cuda {
 namespace {
@@ -16,8 +17,6 @@ constexpr int kTileThreads = 256;  // of solve_tiles
 constexpr int kTile = 512;         // keys
 constexpr int kSteps = kTile / kWarpSize;
 constexpr int kWarps = kTileThreads / kWarpSize;
-constexpr int kMaxNearby = 96;                       // keys that a warp looks at closely, before those of its own run
-constexpr int kNearbyRoom = kMaxNearby + kWarpSize;  // with those
 constexpr Items kTiles{kTile, 1};
 static_assert(kSteps <= kWarpSize);
 
@@ -170,24 +169,22 @@ template <typename Gate>
 struct TileMemory {
   using Level = typename Gate::Level;
   static constexpr int kScratch = BlockGroup<kTileThreads>::kScratch;
+  using Nearby = NearbyMemory<typename Gate::Score>;
+  Nearby* nearby;         // [kWarps]
   char* scratch;          // of the block
   uint32_t* step_counts;  // [kSteps] keys above Tile::lower, later: above Tile::low
-  uint64_t* fixed;        // [kWarps, kNearbyRoom]
-  Level* nearby;          // [kWarps, kNearbyRoom]
   Level* results;         // [kTile + 1]
   Level* list;            // [keys that survive or follow in the chunk]
 
   __device__ explicit TileMemory(char* memory)
-      : scratch(memory),
+      : nearby(reinterpret_cast<Nearby*>(memory)),
+        scratch(reinterpret_cast<char*>(nearby + kWarps)),
         step_counts(reinterpret_cast<uint32_t*>(scratch + kScratch)),
-        fixed(reinterpret_cast<uint64_t*>(step_counts + kSteps)),
-        nearby(reinterpret_cast<Level*>(fixed + kWarps * kNearbyRoom)),
-        results(nearby + kWarps * kNearbyRoom),
+        results(reinterpret_cast<Level*>(step_counts + kSteps)),
         list(results + kTile + 1) {}
 
   static int64_t bytes(int64_t listed) {
-    return kScratch + kSteps * sizeof(uint32_t) + kWarps * kNearbyRoom * sizeof(uint64_t) +
-           (kWarps * kNearbyRoom + kTile + 1 + listed) * sizeof(Level);
+    return kWarps * sizeof(Nearby) + kScratch + kSteps * sizeof(uint32_t) + (kTile + 1 + listed) * sizeof(Level);
   }
 };
 
@@ -235,8 +232,7 @@ struct Run {
   int32_t candidates_before;  // and before the run
   int32_t pinned;             // the same of pinned keys
   int32_t pinned_before;
-  Level* nearby;    // [kNearbyRoom] in shared memory
-  uint64_t* fixed;  // [kNearbyRoom] in shared memory
+  NearbyMemory<typename Gate::Score>* nearby;
 };
 
 template <typename Gate>
@@ -261,34 +257,36 @@ __device__ typename Gate::Level solve_run(const Tile<Gate>& tile, const Run<Gate
   };
   narrow<Gate>(masses, Gate::budget(tile.num_keys), accuracy, from_low, from_high, low, high);
 
-  // Keys active between these bounds, then the warp's own; where there are too many, all that the tile lists.
-  Settled settled = Settled::none(tile.settled.origin_within(low));
-  int count = 0;
+  const float share_of_interval = (warp.rank + 1) / float(kWarpSize + 1);
+  if constexpr (!Gate::kHard) {
+    // Keys active between these bounds; where there are too many, or they are too far apart, all that the tile lists.
+    if (high - low <= Level(0.75)) {
+      Settled settled = Settled::none(tile.settled.origin_within(low));
+      int count = 0;
 #pragma unroll 1
-  for (int32_t i = warp.rank; i - warp.rank < own.first; i += kWarpSize) {
-    const Level key = i < own.first ? tile.keys[i] : Gate::kLowest;
-    const State state = Gate::state(key, low, high);
-    settled.count(key, state);
-    const unsigned active = __ballot_sync(kAllLanes, state == State::kActive);
-    const int slot = count + __popc(active & lanes_before(warp.rank));
-    if (state == State::kActive && slot < kMaxNearby) own.nearby[slot] = key;
-    count += __popc(active);
+      for (int32_t base = 0; base < own.first; base += kWarpSize) {
+        const int32_t i = base + warp.rank;
+        const Level key = i < own.first ? tile.keys[i] : Gate::kLowest;
+        const State state = Gate::state(key, low, high);
+        settled.count(key, state);
+        const unsigned active = __ballot_sync(kAllLanes, state == State::kActive);
+        const int slot = count + __popc(active & lanes_before(warp.rank));
+        if (state == State::kActive && slot < own.nearby->kMaxOld) own.nearby->old[slot] = key;
+        count += __popc(active);
+      }
+      if (count <= own.nearby->kMaxOld) {
+        __syncwarp();
+        SortedNearby<Level> sorted(*own.nearby, low);
+        const Level own_key = warp.rank < own.count ? tile.keys[own.first + warp.rank] : Gate::kLowest;
+        sorted.sort(count, own_key, own.count, own.mine);
+        settled.reduce(warp);
+        settled.add(tile.settled);
+        return solves ? sorted.solve(settled, low, high, tile.num_keys, share_of_interval) : otherwise;
+      }
+    }
   }
-  Nearby<Gate> nearby{tile.keys, own.first + own.mine, nullptr};
-  if (count <= kMaxNearby) {
-    if (warp.rank < own.count) own.nearby[count + warp.rank] = tile.keys[own.first + warp.rank];
-    __syncwarp();
-    if constexpr (!Gate::kHard)
-      for (int i = warp.rank; i < count + own.count; i += kWarpSize) own.fixed[i] = fixed_point(own.nearby[i]);
-    __syncwarp();
-    nearby = {Keys<Gate>::of_levels(own.nearby), count + own.mine, own.fixed};
-    settled.reduce(warp);
-    settled.add(tile.settled);
-  } else {
-    settled = tile.settled;
-  }
-  if (!solves) return otherwise;
-  return Gate::solve(nearby, settled, low, high, tile.num_keys, (warp.rank + 1) / float(kWarpSize + 1));
+  const Nearby<Gate> nearby{tile.keys, own.first + own.mine};
+  return solves ? Gate::solve(nearby, tile.settled, low, high, tile.num_keys, share_of_interval) : otherwise;
 }
 
 template <typename Gate>
@@ -453,8 +451,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
       own.candidates_before = survey_old.count + counted_before(run);
       own.candidates = own.candidates_before + __popc(mask & (lanes_before(block.lane()) | 1u << block.lane()));
     }
-    own.nearby = shared.nearby + block.warp() * kNearbyRoom;
-    own.fixed = shared.fixed + block.warp() * kNearbyRoom;
+    own.nearby = shared.nearby + block.warp();
     const Level result = solve_run<Gate>(tile, own);
     if (own.has_result) shared.results[before + first_result + block.lane()] = result;
     __syncwarp();
