@@ -7,7 +7,7 @@
 namespace sparsek::cuda {
 namespace {
 
-constexpr int kPerThread = 16;  // keys whose loads are under way together
+constexpr int kPerThread = 8;  // keys whose loads are under way together
 
 // What decides whether a key is in a run's list, and where.
 struct Run {
@@ -78,18 +78,20 @@ struct Lister {
     return filled;
   }
 
-  // Calls visit(key, score, rank) for keys [count], ordered by their levels and, on equal ones, as they are.
-  template <typename Visit>
-  __device__ void sort(const Run& run, const int32_t* keys, int32_t count, const Visit& visit) {
+  // Writes keys [count] to `out`, ordered by their levels and, on equal ones, as they are. `levels` is scratch of that
+  // size.
+  __device__ void sort(const Run& run, const int32_t* keys, uint8_t* levels, int32_t count, int32_t* out) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int32_t share = (count + kThreads - 1) / kThreads * 32;  // of a warp: keys next to each other
     const int32_t begin = min(warp * share, count), end = min(begin + share, count);
     int32_t* const slots = level_slots[warp];
     for (int level = lane; level < Run::kLevels; level += 32) slots[level] = 0;
-    __syncthreads();
+#pragma unroll 4
+    for (int32_t i = begin + lane; i < end; i += 32) levels[i] = static_cast<uint8_t>(run.level(run.score[keys[i]]));
+    __syncwarp();
     for (int32_t base = begin; base < end; base += 32) {
       const int32_t i = base + lane;
-      const int level = i < end ? run.level(run.score[keys[i]]) : Run::kLevels;
+      const int level = i < end ? levels[i] : Run::kLevels;
       const uint32_t peers = __match_any_sync(~0u, level);
       if (i < end && (peers & below(lane)) == 0) slots[level] += __popc(peers);
       __syncwarp();
@@ -122,15 +124,12 @@ struct Lister {
     __syncthreads();
     for (int32_t base = begin; base < end; base += 32) {
       const int32_t i = base + lane;
-      const int32_t key = i < end ? keys[i] : 0;
-      const float score = i < end ? run.score[key] : 0.0f;
-      const int level = i < end ? run.level(score) : Run::kLevels;
+      const int level = i < end ? levels[i] : Run::kLevels;
       const uint32_t peers = __match_any_sync(~0u, level);
-      const int32_t rank = i < end ? slots[level] + __popc(peers & below(lane)) : 0;
+      if (i < end) out[slots[level] + __popc(peers & below(lane))] = keys[i];
       __syncwarp();
       if (i < end && (peers & below(lane)) == 0) slots[level] += __popc(peers);
       __syncwarp();
-      if (i < end) visit(key, score, rank);
     }
   }
 
@@ -152,11 +151,12 @@ __device__ void bound_blocks(const int32_t* expiry, int64_t begin, int64_t end, 
 
 // `room`: for keys that are sorted together, in shared memory behind the Lister.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1536 / kThreads)
     list_runs(const __grid_constant__ AttentionParams<float> p, const __grid_constant__ Plan plan, int64_t room) {
   extern __shared__ __align__(16) char memory[];
   auto& lister = *reinterpret_cast<Lister<kThreads>*>(memory);
   int32_t* const keys = reinterpret_cast<int32_t*>(memory + sizeof(lister));
+  uint8_t* const levels = reinterpret_cast<uint8_t*>(keys + room);
   const Sequences& sequences = p.sequences;
   // Late runs look at more keys, and so start first.
   const int64_t index = static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x;
@@ -195,10 +195,6 @@ __global__ void __launch_bounds__(kThreads)
 
   int32_t* key_out = plan.key + first_slot;
   float* score_out = plan.score + first_slot;
-  const auto write = [&](int32_t slot, int32_t key, float score) {
-    key_out[slot] = key;
-    score_out[slot] = p.pattern.hard ? static_cast<float>(min(run.expiry[key] - run.begin, kFarAhead)) : score;
-  };
   // Not causal: piece by piece, each sorted for itself.
   const int64_t piece = p.pattern.causal ? max(old_end, int64_t{1}) : room;
   int32_t count = 0;
@@ -215,7 +211,7 @@ __global__ void __launch_bounds__(kThreads)
       return;
     }
     __syncthreads();
-    lister.sort(run, keys, seen, [&](int32_t key, float score, int32_t rank) { write(count + rank, key, score); });
+    lister.sort(run, keys, levels, seen, key_out + count);
     count += seen;
     __syncthreads();
   }
@@ -223,16 +219,27 @@ __global__ void __launch_bounds__(kThreads)
   count += lister.scan(
       run.expiry, static_cast<int32_t>(old_end), static_cast<int32_t>(end),
       [&](int32_t key, int32_t expires) { return run.is_seen_later(key, expires); },
-      [&](int32_t key, int32_t rank) { write(entering + rank, key, run.score[key]); });
+      [&](int32_t key, int32_t rank) { key_out[entering + rank] = key; });
   if (threadIdx.x == 0) head = {count, entering};
   __syncthreads();
+  constexpr int kOfLane = kBlock / 32;
   for (int32_t block = threadIdx.x / 32; block * kBlock < count; block += kThreads / 32) {
-    int32_t expiry = 0;
+    int32_t expires[kOfLane];
     float score = std::numeric_limits<float>::infinity();
-    for (int32_t slot = block * kBlock + threadIdx.x % 32; slot < min(count, (block + 1) * kBlock); slot += 32) {
-      expiry = max(expiry, run.expiry[key_out[slot]]);
-      score = fminf(score, score_out[slot]);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int32_t slot = block * kBlock + i * 32 + threadIdx.x % 32;
+      expires[i] = 0;
+      if (slot >= count) continue;
+      const int32_t key = key_out[slot];
+      expires[i] = run.expiry[key];
+      const float u = p.pattern.hard ? static_cast<float>(min(expires[i] - run.begin, kFarAhead)) : run.score[key];
+      score_out[slot] = u;
+      score = fminf(score, u);
     }
+    int32_t expiry = 0;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) expiry = max(expiry, expires[i]);
     expiry = __reduce_max_sync(~0u, expiry);
     for (int offset = 16; offset > 0; offset /= 2) score = fminf(score, __shfl_xor_sync(~0u, score, offset));
     if (threadIdx.x % 32 == 0) {
@@ -291,7 +298,8 @@ PlanMemory make_plan(const AttentionParams<float>& params, int64_t run_size, con
   const int64_t room = std::max<int64_t>(std::min(causal ? plan.list_size - run_size : kPiece, params.keys), 1);
   const bool is_short = params.keys <= (sequences.cu_k == nullptr ? kShort : kShort * sequences.count);
   const auto list = [&](auto kernel, int threads, size_t size) {
-    launch("list_runs", kernel, lists, threads, size + room * sizeof(int32_t), stream, params, plan, room);
+    launch("list_runs", kernel, lists, threads, size + room * (sizeof(int32_t) + sizeof(uint8_t)), stream, params, plan,
+           room);
   };
   if (is_short) {
     list(list_runs<128>, 128, sizeof(Lister<128>));
