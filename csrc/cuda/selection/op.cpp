@@ -44,6 +44,13 @@ template <typename T>
 void run_select(const Tensor& scores, const Sequences& sequences, const Pattern& pattern, int64_t num_keys,
                 Tensor& threshold, Tensor& expiry, cudaStream_t stream) {
   const int64_t batch = scores.size(0), keys = scores.size(1), groups = scores.size(2);
+  T* threshold_data = static_cast<T*>(threshold.mutable_data_ptr());
+  int32_t* expiry_data = static_cast<int32_t*>(expiry.mutable_data_ptr());
+  if (!pattern.causal && sequences.cu_k == nullptr) {
+    const SequenceParams<T> params{score_columns(scores), batch,          groups,     sequences.queries, keys, num_keys,
+                                   pattern.hard,          threshold_data, expiry_data};
+    if (launch_sequences<T>(params, stream)) return;
+  }
   Tensor table = make_empty(scores, {batch, groups, keys}, scalar_type<T>());
   Tensor has_nan = make_zeros(scores, {sequences.count, groups}, ScalarType::Int);
   T* table_data = static_cast<T*>(table.mutable_data_ptr());
@@ -57,8 +64,8 @@ void run_select(const Tensor& scores, const Sequences& sequences, const Pattern&
   outputs.groups = groups;
   outputs.pattern = pattern;
   outputs.has_nan = has_nan_data;
-  outputs.threshold = static_cast<T*>(threshold.mutable_data_ptr());
-  outputs.expiry = static_cast<int32_t*>(expiry.mutable_data_ptr());
+  outputs.threshold = threshold_data;
+  outputs.expiry = expiry_data;
   const Tensor soft = find_levels<T, false>(scores, outputs, num_keys, stream);
   outputs.soft = static_cast<const T*>(soft.const_data_ptr());
   std::optional<Tensor> hard;

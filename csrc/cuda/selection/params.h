@@ -61,10 +61,25 @@ struct OutputParams {
   int32_t* expiry;             // [B, G, Mk]
 };
 
+// Batch entries that are one sequence each, not causal.
+template <typename T>
+struct SequenceParams {
+  Rows scores;  // columns of [B, Mk, G]
+  int64_t batch, groups, queries, keys;
+  int64_t num_keys;  // k
+  bool hard;
+  T* threshold;     // [B, G, Mq]
+  int32_t* expiry;  // [B, G, Mk]
+};
+
 // Chunk starts but for the first ones, where nothing has survived yet.
 inline int64_t chunk_starts(const Sequences& sequences, int64_t chunk) {
   return sequences.num_items(sequences.cu_k, sequences.keys, {chunk, 0});
 }
+
+// All of `select`; false, and nothing done, if the sequences are too long for it.
+template <typename T>
+bool launch_sequences(const SequenceParams<T>& params, cudaStream_t stream);
 
 template <typename T>
 void launch_table(const TableParams<T>& params, cudaStream_t stream);
