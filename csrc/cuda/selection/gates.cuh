@@ -36,6 +36,8 @@ template <typename Gate>
 struct Nearby {
   Keys<Gate> keys;
   int32_t count;
+  const int64_t* units;  // [count] keys as to_plain gives them, where all are plain, or in fixed point; or null
+  bool plain;
 };
 
 template <typename Real>
@@ -69,6 +71,33 @@ __device__ inline uint64_t fixed_point(double score) {
 template <typename T>
 __device__ int64_t fixed_difference(T a, T b) {
   return static_cast<int64_t>(fixed_point(a) - fixed_point(b));
+}
+
+// The same, but not modulo 4; of scores below 2^8.
+__device__ inline __int128 wide_fixed_point(float score) {
+  const uint32_t bits = __float_as_uint(score);
+  const int exponent = bits >> 23 & 0xff, shift = max(exponent, 1) - 150 + 62;
+  const __int128 mantissa = bits & 0x7fffff | (exponent ? 0x800000 : 0);
+  const __int128 size = shift <= -64 ? 0 : shift >= 0 ? mantissa << shift : mantissa >> -shift;
+  return bits >> 31 ? -size : size;
+}
+__device__ inline __int128 wide_fixed_point(double) { return 0; }  // not needed: no double is plain
+
+// Plain scores are multiples of 2^-40, and 64 bits hold the sum of 2^14: faster than fixed point.
+constexpr int kPlainBits = 40;
+__device__ inline bool is_plain(float score) {
+  const float size = fabsf(score);
+  return (size >= 0x1p-17f && size < 0x1p8f) || size == 0;
+}
+__device__ inline bool is_plain(double) { return false; }
+__device__ inline int64_t to_plain(float score) { return __float2ll_rz(score * 0x1p40f); }
+__device__ inline int64_t to_plain(double) { return 0; }
+
+// The sum of `count` plain scores less the origin, in fixed point.
+template <typename T>
+__device__ __int128 from_plain(int64_t plain, int32_t count, T origin) {
+  if (count == 0) return 0;
+  return (static_cast<__int128>(plain) << (62 - kPlainBits)) - count * wide_fixed_point(origin);
 }
 
 __device__ inline double to_double(__int128 fixed) {
@@ -121,8 +150,10 @@ struct SoftGate {
 
   // Keys that stay saturated or fractional throughout an interval of levels.
   struct Settled {
-    __int128 sum = 0;  // of the fractional scores less the origin, in fixed point
-    Real total = 0;    // the same, once reduced
+    __int128 sum = 0;       // of the fractional scores less the origin, in fixed point
+    int64_t plain = 0;      // of plain ones, in units of 2^-40: not in `sum` until reduced
+    int32_t num_plain = 0;  // of these
+    Real total = 0;         // `sum` once reduced
     T origin = 0;
     T lowest = kHighest;  // fractional score
     int32_t fractional = 0;
@@ -140,14 +171,20 @@ struct SoftGate {
       if (state == State::kSaturated) ++saturated;
       if (state != State::kFractional) return;
       ++fractional;
-      sum += fixed_difference(key, origin);
       lowest = lower_of(lowest, key);
+      if (is_plain(key)) {
+        plain += to_plain(key);
+        if (++num_plain == 1 << 14) add_plain();
+      } else {
+        sum += fixed_difference(key, origin);
+      }
     }
 
     // Over the threads of a group. No score lies below the origin, and 2^9 threads sum up 22 bits in 32.
     template <typename Group>
     __device__ void reduce(Group& group) {
       constexpr int kBits = 22, kLimbs = 5;
+      add_plain();
       uint32_t counts[2] = {static_cast<uint32_t>(fractional), static_cast<uint32_t>(saturated)};
       uint32_t limbs[kLimbs];
 #pragma unroll
@@ -173,6 +210,12 @@ struct SoftGate {
       return settled;
     }
     __device__ T origin_within(Level low) const { return fractional > 0 ? origin : low; }
+
+    __device__ void add_plain() {
+      sum += from_plain(plain, num_plain, origin);
+      plain = 0;
+      num_plain = 0;
+    }
 
     __device__ void add_to(Level at, Mass<Real>& mass) const {
       mass.kept += saturated;
@@ -254,16 +297,11 @@ __device__ T find_root(const Count& count, T low, T high, T guess, int64_t num_k
 }
 
 template <typename T>
-__device__ T guess_between(T low, T high, float share_of_interval) {
-  const T guess = low + (high - low) * share_of_interval;
-  return guess >= low && guess <= high ? guess : SoftGate<T>::middle(low, high);
-}
-
-template <typename T>
 __device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& settled, T low, T high, int64_t num_keys,
                                 float share_of_interval) {
   constexpr int kApproximateSteps = 2;
-  T guess = guess_between(low, high, share_of_interval);
+  T guess = low + (high - low) * share_of_interval;
+  if (!(guess >= low && guess <= high)) guess = middle(low, high);
   T a = low, b = high;
   const Real budget_left = budget(num_keys) - settled.saturated;
   for (int step = 0; step < kApproximateSteps; ++step) {
@@ -283,18 +321,29 @@ __device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& s
     Census<T> census;
     // Everything fractional lies within 2 of this origin, or is the same number.
     census.start(settled, low, fixed_point(dropped_to));
-#pragma unroll 1
-    for (int32_t i = 0; i < nearby.count; ++i) {
-      const T key = nearby.keys[i];
+    const auto visit = [&](T key) {
       const bool is_dropped = !(key > dropped_to), is_saturated = key >= saturated_from;
       const bool is_fractional = !is_dropped && !is_saturated;
-      census.sum += is_fractional ? static_cast<int64_t>(fixed_point(key) - census.origin) : 0;
       census.fractional += is_fractional ? 1 : 0;
       census.saturated += is_saturated ? 1 : 0;
-      census.highest_dropped = higher_of(census.highest_dropped, is_dropped ? key : kLowest);
-      census.lowest_saturated = lower_of(census.lowest_saturated, is_saturated ? key : kHighest);
-      census.lowest = lower_of(census.lowest, is_fractional ? key : kHighest);
-      census.highest = higher_of(census.highest, is_fractional ? key : kLowest);
+      census.highest_dropped = fmax(census.highest_dropped, is_dropped ? key : kLowest);
+      census.lowest_saturated = fmin(census.lowest_saturated, is_saturated ? key : kHighest);
+      census.lowest = fmin(census.lowest, is_fractional ? key : kHighest);
+      census.highest = fmax(census.highest, is_fractional ? key : kLowest);
+      return is_fractional;
+    };
+    if (nearby.plain) {
+      int64_t plain = 0;
+#pragma unroll 4
+      for (int32_t i = 0; i < nearby.count; ++i) plain += visit(nearby.keys.levels[i]) ? nearby.units[i] : 0;
+      census.sum += from_plain(plain, census.fractional - settled.fractional, dropped_to);
+    } else {
+#pragma unroll 1
+      for (int32_t i = 0; i < nearby.count; ++i) {
+        const T key = nearby.keys[i];
+        const uint64_t fixed = nearby.units != nullptr ? static_cast<uint64_t>(nearby.units[i]) : fixed_point(key);
+        if (visit(key)) census.sum += static_cast<int64_t>(fixed - census.origin);
+      }
     }
     return census;
   };

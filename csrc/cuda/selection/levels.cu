@@ -13,11 +13,11 @@ namespace {
 
 constexpr int kWalkThreads = 512;  // of find_survivors
 constexpr int kTileThreads = 256;  // of solve_tiles
-constexpr int kTile = 512;         // keys
-constexpr int kSteps = kTile / kWarpSize;
 constexpr int kWarps = kTileThreads / kWarpSize;
-constexpr Items kTiles{kTile, 1};
-static_assert(kSteps <= kWarpSize);
+
+// Keys of a tile: many small ones keep a GPU busy, fewer large ones look at fewer keys.
+constexpr int kSmallTile = 512, kLargeTile = 1024;
+constexpr int64_t kManyTiles = 4096;  // small ones
 
 template <typename Gate>
 constexpr int kChunkOf = kChunk<typename Gate::Score, Gate::kHard>;
@@ -115,11 +115,13 @@ __global__ void __launch_bounds__(kWalkThreads) find_survivors(Params<Gate> para
 }
 
 // Shared memory of a tile.
-template <typename Gate>
+template <typename Gate, int kTile>
 struct TileMemory {
+  static constexpr int kSteps = kTile / kWarpSize;
+  static_assert(kSteps <= kWarpSize);
   using Level = typename Gate::Level;
   static constexpr int kScratch = BlockGroup<kTileThreads>::kScratch;
-  using Nearby = NearbyMemory<typename Gate::Score>;
+  using Nearby = NearbyMemory<Gate>;
   Nearby* nearby;         // [kWarps]
   char* scratch;          // of the block
   uint32_t* step_counts;  // [kSteps] keys above Tile::lower, later: above Tile::low
@@ -138,7 +140,7 @@ struct TileMemory {
   }
 };
 
-template <typename Gate>
+template <typename Gate, int kTile>
 __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> params) {
   using Block = BlockGroup<kTileThreads>;
   using Level = typename Gate::Level;
@@ -147,7 +149,9 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   constexpr int kLength = kChunkOf<Gate>, kRoom = kMaxSurvivorsOf<Gate>;
   static_assert(kLength % kTile == 0);
   extern __shared__ __align__(16) char memory[];
-  const TileMemory<Gate> shared(memory);
+  constexpr int kSteps = kTile / kWarpSize;
+  constexpr Items kTiles{kTile, 1};
+  const TileMemory<Gate, kTile> shared(memory);
   Block block{static_cast<int>(threadIdx.x), shared.scratch};
   uint32_t* const step_counts = shared.step_counts;
 
@@ -317,19 +321,33 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
 }
 
 template <typename Gate>
+constexpr int64_t kCapacity = kMaxSurvivorsOf<Gate> + kChunkOf<Gate>;
+
+template <typename Gate, int kTile>
+void launch_tiles(const Params<Gate>& params, int64_t tiles, cudaStream_t stream) {
+  const int64_t listed = std::min(kCapacity<Gate>, params.sequences.keys);
+  launch("solve_tiles", solve_tiles<Gate, kTile>, tiles, kTileThreads, TileMemory<Gate, kTile>::bytes(listed), stream,
+         params);
+}
+
+template <typename Gate>
 void find_levels(const Params<Gate>& params, cudaStream_t stream) {
   const Sequences& sequences = params.sequences;
   const int64_t columns = sequences.count * params.groups;
-  const int64_t tiles =
-      params.pattern.causal ? sequences.num_items(sequences.cu_k, sequences.keys, kTiles) * params.groups : columns;
-  if (tiles == 0 || sequences.keys == 0) return;
-  const int64_t capacity = kMaxSurvivorsOf<Gate> + kChunkOf<Gate>;
+  if (columns == 0 || sequences.keys == 0) return;
   if (sequences.keys > kChunkOf<Gate>) {
-    launch("find_survivors", find_survivors<Gate>, columns, kWalkThreads, capacity * sizeof(typename Gate::Level),
-           stream, params);
+    launch("find_survivors", find_survivors<Gate>, columns, kWalkThreads,
+           kCapacity<Gate> * sizeof(typename Gate::Level), stream, params);
   }
-  launch("solve_tiles", solve_tiles<Gate>, tiles, kTileThreads,
-         TileMemory<Gate>::bytes(std::min(capacity, sequences.keys)), stream, params);
+  if (!params.pattern.causal) return launch_tiles<Gate, kSmallTile>(params, columns, stream);
+  const auto tiles = [&](int64_t size) {
+    return sequences.num_items(sequences.cu_k, sequences.keys, {size, 1}) * params.groups;
+  };
+  if (tiles(kSmallTile) > kManyTiles && sequences.keys > kLargeTile * sequences.count) {
+    launch_tiles<Gate, kLargeTile>(params, tiles(kLargeTile), stream);
+  } else {
+    launch_tiles<Gate, kSmallTile>(params, tiles(kSmallTile), stream);
+  }
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include "cuda/selection/gates.cuh"
 #include "cuda/selection/group.cuh"
 #include "cuda/selection/narrow.cuh"
-#include "cuda/selection/sorted.cuh"
 
 namespace sparsek::cuda {
 
@@ -57,6 +56,15 @@ struct Survey {
   }
 };
 
+constexpr int kMaxNearby = 96;  // keys that a warp looks at closely, before those of its own run
+
+// Of one warp, in shared memory.
+template <typename Gate>
+struct NearbyMemory {
+  int64_t units[kMaxNearby + kWarpSize];
+  typename Gate::Level keys[kMaxNearby + kWarpSize];
+};
+
 // The keys of a tile in the order of the sequence: those from before it, then its own.
 template <typename Gate>
 struct Tile {
@@ -101,7 +109,7 @@ struct Run {
   int32_t candidates_before;  // and before the run
   int32_t pinned;             // the same of pinned keys
   int32_t pinned_before;
-  NearbyMemory<typename Gate::Score>* nearby;
+  NearbyMemory<Gate>* nearby;
 };
 
 template <typename Gate>
@@ -126,36 +134,43 @@ __device__ typename Gate::Level solve_run(const Tile<Gate>& tile, const Run<Gate
   };
   narrow<Gate>(masses, Gate::budget(tile.num_keys), accuracy, from_low, from_high, low, high);
 
-  const float share_of_interval = (warp.rank + 1) / float(kWarpSize + 1);
-  if constexpr (!Gate::kHard) {
-    // Keys active between these bounds; where there are too many, or they are too far apart, all that the tile lists.
-    if (high - low <= Level(0.75)) {
-      Settled settled = Settled::none(tile.settled.origin_within(low));
-      int count = 0;
+  // Keys active between these bounds, then the warp's own; where there are too many, all that the tile lists.
+  Settled settled = Settled::none(tile.settled.origin_within(low));
+  int count = 0;
 #pragma unroll 1
-      for (int32_t base = 0; base < own.first; base += kWarpSize) {
-        const int32_t i = base + warp.rank;
-        const Level key = i < own.first ? tile.keys[i] : Gate::kLowest;
-        const State state = Gate::state(key, low, high);
-        settled.count(key, state);
-        const unsigned active = __ballot_sync(kAllLanes, state == State::kActive);
-        const int slot = count + __popc(active & lanes_before(warp.rank));
-        if (state == State::kActive && slot < own.nearby->kMaxOld) own.nearby->old[slot] = key;
-        count += __popc(active);
-      }
-      if (count <= own.nearby->kMaxOld) {
-        __syncwarp();
-        SortedNearby<Level> sorted(*own.nearby, low);
-        const Level own_key = warp.rank < own.count ? tile.keys[own.first + warp.rank] : Gate::kLowest;
-        sorted.sort(count, own_key, own.count, own.mine);
-        settled.reduce(warp);
-        settled.add(tile.settled);
-        return solves ? sorted.solve(settled, low, high, tile.num_keys, share_of_interval) : otherwise;
+  for (int32_t base = 0; base < own.first; base += kWarpSize) {
+    const int32_t i = base + warp.rank;
+    const Level key = i < own.first ? tile.keys[i] : Gate::kLowest;
+    const State state = Gate::state(key, low, high);
+    settled.count(key, state);
+    const unsigned active = __ballot_sync(kAllLanes, state == State::kActive);
+    const int slot = count + __popc(active & lanes_before(warp.rank));
+    if (state == State::kActive && slot < kMaxNearby) own.nearby->keys[slot] = key;
+    count += __popc(active);
+  }
+  Nearby<Gate> nearby{tile.keys, own.first + own.mine, nullptr, false};
+  if (count <= kMaxNearby) {
+    const int listed = count + own.count;
+    if (warp.rank < own.count) own.nearby->keys[count + warp.rank] = tile.keys[own.first + warp.rank];
+    __syncwarp();
+    nearby = {Keys<Gate>::of_levels(own.nearby->keys), count + own.mine, own.nearby->units, false};
+    if constexpr (!Gate::kHard) {
+      bool plain = true;
+      for (int i = warp.rank; i < listed; i += kWarpSize) plain &= is_plain(own.nearby->keys[i]);
+      nearby.plain = __all_sync(kAllLanes, plain);
+      for (int i = warp.rank; i < listed; i += kWarpSize) {
+        const Level key = own.nearby->keys[i];
+        own.nearby->units[i] = nearby.plain ? to_plain(key) : static_cast<int64_t>(fixed_point(key));
       }
     }
+    __syncwarp();
+    settled.reduce(warp);
+    settled.add(tile.settled);
+  } else {
+    settled = tile.settled;
   }
-  const Nearby<Gate> nearby{tile.keys, own.first + own.mine};
-  return solves ? Gate::solve(nearby, tile.settled, low, high, tile.num_keys, share_of_interval) : otherwise;
+  if (!solves) return otherwise;
+  return Gate::solve(nearby, settled, low, high, tile.num_keys, (warp.rank + 1) / float(kWarpSize + 1));
 }
 
 }  // namespace sparsek::cuda

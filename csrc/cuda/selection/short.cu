@@ -17,7 +17,7 @@ __host__ __device__ constexpr int64_t row_size(int64_t keys) { return (keys + 31
 
 template <typename Gate>
 __device__ typename Gate::Level solve_sequence(const typename Gate::Score* scores, int32_t count, int64_t num_keys,
-                                               NearbyMemory<typename Gate::Score>& nearby) {
+                                               void* nearby) {
   WarpGroup warp{static_cast<int>(threadIdx.x % kWarpSize)};
   Tile<Gate> tile;
   tile.keys = Keys<Gate>::of_scores(scores);
@@ -36,15 +36,15 @@ __device__ typename Gate::Level solve_sequence(const typename Gate::Score* score
   run.count = run.mine = 0;
   run.candidates = run.candidates_before = survey.count;
   run.pinned = run.pinned_before = survey.pinned;
-  run.nearby = &nearby;
+  run.nearby = static_cast<NearbyMemory<Gate>*>(nearby);
   return solve_run(tile, run);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) solve_sequences(SequenceParams<T> params) {
   extern __shared__ __align__(16) char memory[];
-  auto* const nearby = reinterpret_cast<NearbyMemory<T>*>(memory);
-  T* const table = reinterpret_cast<T*>(nearby + kGroups);  // [kGroups, row]
+  auto* const nearby = reinterpret_cast<NearbyMemory<HardGate<T>>*>(memory);  // the larger one
+  T* const table = reinterpret_cast<T*>(nearby + kGroups);                    // [kGroups, row]
   const int32_t keys = static_cast<int32_t>(params.keys), row = static_cast<int32_t>(row_size(keys));
   const int64_t tiles = divide(params.groups + kGroups - 1, kGroups);
   const int64_t batch = divide(blockIdx.x, tiles), first_group = (blockIdx.x - batch * tiles) * kGroups;
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads, 3) solve_sequences(SequenceParams<T>
   if (has_nan) {
     for (int32_t key = lane; key < keys; key += kWarpSize) expiry[key] = kNever;
   } else {
-    const T soft = solve_sequence<SoftGate<T>>(scores, keys, params.num_keys, nearby[warp]);
+    const T soft = solve_sequence<SoftGate<T>>(scores, keys, params.num_keys, nearby + warp);
     typename HardGate<T>::Level hard = 0;
-    if (params.hard) hard = solve_sequence<HardGate<T>>(scores, keys, params.num_keys, nearby[warp]);
+    if (params.hard) hard = solve_sequence<HardGate<T>>(scores, keys, params.num_keys, nearby + warp);
     for (int32_t key = lane; key < keys; key += kWarpSize) {
       const T score = scores[key];
       const auto level = HardGate<T>::level(score, key);
@@ -96,7 +96,7 @@ bool launch_sequences(const SequenceParams<T>& params, cudaStream_t stream) {
   const int64_t bytes = kGroups * row_size(params.keys) * sizeof(T);
   if (params.keys == 0 || bytes > kMaxBytes + kGroups * kWarpSize) return false;
   launch("solve_sequences", solve_sequences<T>, params.batch * ((params.groups + kGroups - 1) / kGroups), kThreads,
-         kGroups * sizeof(NearbyMemory<T>) + bytes, stream, params);
+         kGroups * sizeof(NearbyMemory<HardGate<T>>) + bytes, stream, params);
   return true;
 }
 
