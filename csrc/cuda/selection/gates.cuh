@@ -133,6 +133,7 @@ struct SoftGate {
   // A level at which everything from `lowest` on is saturated.
   __device__ static Level below(Level lowest) { return nextafter(lowest - 1, kLowest); }
   __device__ static Level middle(Level low, Level high) { return low / 2 + high / 2; }
+  __device__ static Level between(Level low, Level high, float share) { return low + (high - low) * share; }
   __device__ static Level newton(Level at, Real excess, Real slope) { return at + quotient(excess, slope); }
 
   __device__ static void add(Level key, Level at, Mass<Real>& mass) {
@@ -300,7 +301,7 @@ template <typename T>
 __device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& settled, T low, T high, int64_t num_keys,
                                 float share_of_interval) {
   constexpr int kApproximateSteps = 2;
-  T guess = low + (high - low) * share_of_interval;
+  T guess = between(low, high, share_of_interval);
   if (!(guess >= low && guess <= high)) guess = middle(low, high);
   T a = low, b = high;
   const Real budget_left = budget(num_keys) - settled.saturated;
@@ -369,6 +370,7 @@ struct HardGate {
   __device__ static Real budget(int64_t num_keys) { return static_cast<Real>(num_keys) - Real(0.5); }
   __device__ static Level below(Level lowest) { return lowest - 1; }
   __device__ static Level middle(Level low, Level high) { return low + (high - low) / 2; }
+  __device__ static Level between(Level low, Level high, float) { return middle(low, high); }
   __device__ static Level newton(Level, Real, Real) { return kLowest; }  // counts have no slope: halves intervals
   __device__ static void add(Level key, Level at, Mass<Real>& mass) { mass.kept += key > at ? 1 : 0; }
 

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kWalkThreads) find_survivors(Params<Gate> para
         return mass;
       };
       Level upper = survey.highest;
-      narrow<Gate>(masses, Gate::budget(params.num_keys), accuracy, true, false, lower, upper);
+      narrow<Gate>(masses, Gate::budget(params.num_keys), accuracy, true, false, lower, lower, upper);
     }
 
     // Shortens the list, or starts it afresh.
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   };
   narrow<Gate>(masses, Gate::budget(tile.num_keys), accuracy,
                is_bounded<Gate>(tile.lower, survey_old.count, tile.num_keys), survey.pinned < tile.num_keys, tile.low,
-               tile.high);
+               tile.low, tile.high);
 
   // Keys active between these bounds. Where there are too many, which takes a sequence that is its own list, all count.
   Settled settled = Settled::none(tile.low);
@@ -284,6 +284,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   for (int run = block.warp(); run * kWarpSize < num_results; run += kWarps) {
     const int before = run * kWarpSize;  // keys that have entered before those of this run
     Run<Gate> own;
+    own.share = (before + kWarpSize / 2) / static_cast<float>(num_results);
     own.has_result = before + block.lane() < num_results;
     own.first = old + before;
     own.count = min(kWarpSize - 1 + first_result, entering - before);

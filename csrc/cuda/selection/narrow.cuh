@@ -65,12 +65,14 @@ struct End {
 
 // Raises `low` to a lower bound of the level after the keys that masses(a, b)[0] sums over at level a, and lowers
 // `high` to an upper bound of that after those of masses(a, b)[1] at level b; each only if asked to. Both must be
-// bounds already, and whatever happens they stay bounds.
+// bounds already, and whatever happens they stay bounds. The search begins at `start`, if that lies in between.
 template <typename Gate, typename Masses>
 __device__ void narrow(const Masses& masses, typename Gate::Real budget, Accuracy<typename Gate::Real> accuracy,
-                       bool from_low, bool from_high, typename Gate::Level& low, typename Gate::Level& high) {
+                       bool from_low, bool from_high, typename Gate::Level start, typename Gate::Level& low,
+                       typename Gate::Level& high) {
   constexpr int kMaxSteps = 40;
-  End<Gate> lower{low, high, low, from_low}, upper{low, high, low, from_high};
+  if (!(start > low && start < high)) start = low;
+  End<Gate> lower{low, high, start, from_low}, upper{low, high, start, from_high};
   for (int step = 1; step <= kMaxSteps && (lower.open || upper.open); ++step) {
     const auto mass = masses(lower.at, upper.at);
     const bool halve = step % 6 == 0;  // Newton's steps may be short

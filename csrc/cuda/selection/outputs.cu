@@ -20,9 +20,11 @@ struct Place {
   int64_t head;    // in [B, G]
   int64_t row;
 
-  __device__ Place(const Sequences& sequences, int64_t groups, const int32_t* cu, int64_t rows, Items items) {
-    const int64_t group = divide(blockIdx.x, divide(gridDim.x, groups));
-    const int64_t item = blockIdx.x - group * divide(gridDim.x, groups);
+  // Block `block` of `blocks`.
+  __device__ Place(const Sequences& sequences, int64_t groups, const int32_t* cu, int64_t rows, Items items,
+                   int64_t block, int64_t blocks) {
+    const int64_t items_of_group = divide(blocks, groups);
+    const int64_t group = divide(block, items_of_group), item = block - group * items_of_group;
     const int64_t s = sequences.find(cu, rows, items, item);
     sequence = sequences.at(s);
     column = s * groups + group;
@@ -32,9 +34,9 @@ struct Place {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) find_expiries(OutputParams<T> params) {
+__device__ void find_expiries(const OutputParams<T>& params, int64_t block, int64_t blocks) {
   const Sequences& sequences = params.sequences;
-  const Place place(sequences, params.groups, sequences.cu_k, sequences.keys, kKeyItems);
+  const Place place(sequences, params.groups, sequences.cu_k, sequences.keys, kKeyItems, block, blocks);
   const int64_t keys = place.sequence.keys, key = place.row + threadIdx.x;
   if (key < 0 || key >= keys) return;
   const int64_t first = place.head * sequences.keys + place.sequence.key_begin;
@@ -70,9 +72,9 @@ __global__ void __launch_bounds__(kThreads) find_expiries(OutputParams<T> params
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) write_thresholds(OutputParams<T> params) {
+__device__ void write_thresholds(const OutputParams<T>& params, int64_t block, int64_t blocks) {
   const Sequences& sequences = params.sequences;
-  const Place place(sequences, params.groups, sequences.cu_q, sequences.queries, kQueryItems);
+  const Place place(sequences, params.groups, sequences.cu_q, sequences.queries, kQueryItems, block, blocks);
   if (place.row < 0) return;
   const bool has_nan = params.has_nan[place.column];
   const T* const soft = params.soft + place.head * sequences.keys + place.sequence.key_begin;
@@ -88,15 +90,24 @@ __global__ void __launch_bounds__(kThreads) write_thresholds(OutputParams<T> par
   }
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    write_outputs(const __grid_constant__ OutputParams<T> params, int64_t key_blocks) {
+  if (blockIdx.x < key_blocks) {
+    find_expiries(params, blockIdx.x, key_blocks);
+  } else {
+    write_thresholds(params, blockIdx.x - key_blocks, gridDim.x - key_blocks);
+  }
+}
+
 }  // namespace
 
 template <typename T>
 void launch_outputs(const OutputParams<T>& params, cudaStream_t stream) {
   const Sequences& sequences = params.sequences;
   const int64_t key_blocks = sequences.num_items(sequences.cu_k, sequences.keys, kKeyItems) * params.groups;
-  launch("find_expiries", find_expiries<T>, key_blocks, kThreads, 0, stream, params);
   const int64_t query_blocks = sequences.num_items(sequences.cu_q, sequences.queries, kQueryItems) * params.groups;
-  launch("write_thresholds", write_thresholds<T>, query_blocks, kThreads, 0, stream, params);
+  launch("write_outputs", write_outputs<T>, key_blocks + query_blocks, kThreads, 0, stream, params, key_blocks);
 }
 
 template void launch_outputs(const OutputParams<float>&, cudaStream_t);

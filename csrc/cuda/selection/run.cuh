@@ -102,6 +102,7 @@ template <typename Gate>
 struct Run {
   using Level = typename Gate::Level;
   bool has_result;
+  float share;                // of the tile's results: how far this run lies between the first and the last
   int32_t first;              // listed keys before those of this run
   int32_t count;              // listed keys of this run
   int32_t mine;               // of these, those up to this lane's
@@ -132,7 +133,8 @@ __device__ typename Gate::Level solve_run(const Tile<Gate>& tile, const Run<Gate
   const auto masses = [&](Level at_low, Level at_high) {
     return tile.masses(warp, own.first, end, at_low, at_high, accuracy);
   };
-  narrow<Gate>(masses, Gate::budget(tile.num_keys), accuracy, from_low, from_high, low, high);
+  narrow<Gate>(masses, Gate::budget(tile.num_keys), accuracy, from_low, from_high, Gate::between(low, high, own.share),
+               low, high);
 
   // Keys active between these bounds, then the warp's own; where there are too many, all that the tile lists.
   Settled settled = Settled::none(tile.settled.origin_within(low));

@@ -32,6 +32,7 @@ __device__ typename Gate::Level solve_sequence(const typename Gate::Score* score
   tile.settled = Tile<Gate>::Settled::none(tile.low);
   Run<Gate> run;
   run.has_result = true;
+  run.share = 0;
   run.first = count;
   run.count = run.mine = 0;
   run.candidates = run.candidates_before = survey.count;
