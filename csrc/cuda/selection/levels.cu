@@ -17,7 +17,7 @@ constexpr int kWarps = kTileThreads / kWarpSize;
 
 // Keys of a tile: many small ones keep a GPU busy, fewer large ones look at fewer keys.
 constexpr int kSmallTile = 512, kLargeTile = 1024;
-constexpr int64_t kManyTiles = 4096;  // small ones
+constexpr int64_t kManyTiles = 2048;  // small ones
 
 template <typename Gate>
 constexpr int kChunkOf = kChunk<typename Gate::Score, Gate::kHard>;
