@@ -2,7 +2,7 @@
 //
 // A run is a stretch of consecutive positions of one sequence (all of them where the call is not causal), for one
 // key/value head. Its slots are, in this order:
-//   seen at once: keys that its first query sees by their scores, the highest first, to a thirtieth, and in ascending
+//   seen at once: keys that its first query sees by their scores, the highest first, to a fifteenth, and in ascending
 //       order of the keys where those are as high: neighbours keep their gates at 1, or above 0, about equally long;
 //   entering: keys whose window ends within the run, seen by their scores from position key + window on, in ascending
 //       order.
