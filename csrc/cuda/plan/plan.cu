@@ -25,8 +25,8 @@ struct Run {
   __device__ bool is_seen_later(int32_t key, int32_t expires) const { return expires > key + window; }
 
   // The order of what is seen at once: by score, the highest first; from 4 above the first threshold on, as the keys
-  // lie. How far a score exceeds the first threshold tells how soon its gate sinks below 1 and
-  // reaches 0 as thresholds rise within the run.
+  // lie. How far a score exceeds the first threshold tells how soon its gate sinks below 1 and reaches 0 as thresholds
+  // rise within the run.
   static constexpr int kLevels = 64;
   __device__ int level(float u) const {
     constexpr float kHighest = 4.0f, kPerUnit = (kLevels - 2) / kHighest;

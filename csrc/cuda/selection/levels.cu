@@ -344,7 +344,8 @@ void find_levels(const Params<Gate>& params, cudaStream_t stream) {
   const auto tiles = [&](int64_t size) {
     return sequences.num_items(sequences.cu_k, sequences.keys, {size, 1}) * params.groups;
   };
-  if (tiles(kSmallTile) > kManyTiles && sequences.keys > kLargeTile * sequences.count) {
+  const int64_t packed = sequences.cu_k == nullptr ? 1 : sequences.count;
+  if (tiles(kSmallTile) > kManyTiles && sequences.keys > kLargeTile * packed) {
     launch_tiles<Gate, kLargeTile>(params, tiles(kLargeTile), stream);
   } else {
     launch_tiles<Gate, kSmallTile>(params, tiles(kSmallTile), stream);
