@@ -98,15 +98,16 @@ def test_compiled_equals_eager(problem, device):
         return out.tanh(), lse
 
     torch._dynamo.reset()
-    # Eager 16-bit code rounds after every operation.
-    compiled = torch.compile(attention, fullgraph=True, options={"emulate_precision_casts": True})
+    compiled = torch.compile(attention, fullgraph=True)
     results = []
     for function in (attention, compiled):
         out, lse = function(*leaves, inputs.cu_seqlens)
         grads = torch.autograd.grad(out, leaves, inputs.grad_out)
         results.append((out, lse, *grads))
+    # Eager 16-bit code rounds after every operation, and compiled code where it likes.
+    bounds = {"rtol": 2**-6, "atol": 2**-6} if problem.dtype.itemsize == 2 else {"rtol": None, "atol": None}
     for name, eager, other in zip(QUANTITIES, *results, strict=True):
-        torch.testing.assert_close(other, eager, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(other, eager, **bounds, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_compiled_with_changing_lengths(device):

@@ -93,11 +93,11 @@ def test_dtypes(dtype: torch.dtype, device: torch.device, op: tuple | None) -> N
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"width": 128, "value_width": 64, "window": 20}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backward", [SM80[1], SIMT[1]], ids=lambda op: op.NAME)
+@pytest.mark.parametrize("backward", [SM90[1], SM80[1], SIMT[1]], ids=lambda op: op.NAME)
 @pytest.mark.parametrize("forward", [SM90[0], SM80[0], SIMT[0]], ids=lambda op: op.NAME)
 def test_kernels(forward: type, backward: type, dtype: torch.dtype, options: dict) -> None:
     """Every forward kernel with every backward kernel."""
-    if torch.cuda.get_device_capability() != (9, 0) and forward is SM90[0]:
+    if torch.cuda.get_device_capability() != (9, 0) and (forward is SM90[0] or backward is SM90[1]):
         pytest.skip("needs compute capability 9.0")
     case = make(device="cuda", dtype=dtype, ratio=2, is_5d=True, expanded=True, queries=150, keys=300, k=40, **options)
     check(case, lambda case: attend(case, (forward, backward)))
@@ -178,7 +178,9 @@ def test_partial_is_wide(dtype: torch.dtype, device: torch.device) -> None:
     exact = attend_dense(case.double())
     out, lse = fmha.memory_efficient_attention_partial(*case.tensors(), case.bias())
     assert out.dtype == lse.dtype == torch.float32
-    torch.testing.assert_close(out.double(), exact, rtol=4e-6, atol=4e-6)
+    # Tensor cores take the weights rounded to the dtype of the values.
+    bounds = _tolerance(torch.float32 if device.type == "cpu" else dtype)
+    torch.testing.assert_close(out.double(), exact, **bounds)
     out, _ = fmha.memory_efficient_attention_partial(*case.tensors(), case.bias(), output_dtype=dtype)
     assert out.dtype == dtype
 
@@ -383,14 +385,14 @@ def test_merged_partials_never_lose_the_gradient_of_scores(device: torch.device)
 
 
 def test_an_operator_that_does_not_fit_is_refused(device: torch.device) -> None:
-    case = make(device=device)
+    case = make(device=device, dtype=torch.float32)  # xFormers' own operators stumble over float64
     query, key, value = case.tensors()
     for op in (CPU, (CPU[0], None)):
         with pytest.raises(ValueError, match="attn_bias type is <class 'NoneType'>"):
             xops.memory_efficient_attention(query, key, value, op=op)
     with pytest.raises(ValueError, match="attn_bias type is"):
         attend(case, (fmha.ALL_FW_OPS[0], None))
-    for forward in (None, CPU[0]):
+    for forward in (None, {"cpu": CPU, "cuda": SIMT}[device.type][0]):
         with pytest.raises(ValueError, match="attn_bias type is"):
             attend(case, (forward, fmha.ALL_BW_OPS[0]))
     assert isinstance(case.bias(), xops.AttentionBias)

@@ -74,7 +74,7 @@ def _hooked_priority_list(inner, bias_type: type):
     @functools.wraps(inner)
     def run_priority_list(name, priority_list, inp, *args, **kwargs):
         if type(inp.attn_bias) is bias_type:
-            ours = list(dict.fromkeys(operators["backward" in name] for operators in OPERATORS))
+            ours = list(dict.fromkeys(operators[int("backward" in name)] for operators in OPERATORS))
             priority_list = [op for op in ours if inp.query.device.type in op.SUPPORTED_DEVICES] or ours
         return inner(name, priority_list, inp, *args, **kwargs)
 
