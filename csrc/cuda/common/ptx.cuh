@@ -29,6 +29,13 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared));
+}
+
 // Two floats rounded to 16 bits, the first in the low half.
 template <typename T>
 __device__ inline uint32_t pack(float low, float high);
@@ -41,6 +48,20 @@ template <>
 __device__ inline uint32_t pack<__half>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Two 16-bit numbers times one, such as 0, 1 or -1.
+template <typename T>
+__device__ inline uint32_t multiply_pair(uint32_t pair, float factor);
+template <>
+__device__ inline uint32_t multiply_pair<__nv_bfloat16>(uint32_t pair, float factor) {
+  const __nv_bfloat162 product = __hmul2(*reinterpret_cast<__nv_bfloat162*>(&pair), __float2bfloat162_rn(factor));
+  return *reinterpret_cast<const uint32_t*>(&product);
+}
+template <>
+__device__ inline uint32_t multiply_pair<__half>(uint32_t pair, float factor) {
+  const __half2 product = __hmul2(*reinterpret_cast<__half2*>(&pair), __float2half2_rn(factor));
+  return *reinterpret_cast<const uint32_t*>(&product);
 }
 
 }  // namespace sparsek::cuda

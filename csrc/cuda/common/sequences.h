@@ -32,7 +32,7 @@ SPARSEK_HOST_DEVICE inline int64_t divide(int64_t a, int64_t b) {
 }
 
 // Tiles of `rows` rows over the queries: tiles.size = rows / heads positions, aligned to multiples of it.
-inline Items query_tiles(int rows, int heads) { return {rows / heads, 2}; }
+inline Items query_tiles(int64_t rows, int64_t heads) { return {rows / heads, 2}; }
 
 struct Sequences {
   const int32_t* cu_q;  // [count + 1], or null: every batch entry is one sequence

@@ -257,8 +257,9 @@ constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / un
 int64_t forward_run_size(const Sequences& sequences) {
   const int64_t keys =
       sequences.cu_k == nullptr ? sequences.keys : sequences.keys / std::max<int64_t>(sequences.count, 1);
+  constexpr int64_t kLong = 32768;  // from here on rows may be copied for few runs only, see sm90/compact.cu
   int64_t size = 512;
-  while (size < 4096 && size * 16 < keys) size *= 2;
+  while (size < 4096 && (size * 16 < keys || keys >= kLong)) size *= 2;
   return size;
 }
 

@@ -62,6 +62,7 @@ struct RunView {
   int32_t count;             // slots
   int32_t entering;          // the first slot that may enter later than the first query
   int32_t begin;             // first position of the run
+  int64_t list;              // number of its list, or -1 where it has none
 
   __device__ int32_t key_of(int32_t slot) const { return key == nullptr ? slot : key[slot]; }
   __device__ float score_of(int32_t slot) const {
@@ -78,6 +79,7 @@ __device__ inline RunView find_run(const AttentionParams<float>& p, const Plan& 
   const int64_t item = sequences.first_item(sequences.cu_k, p.keys, plan.runs, s) + r;
   const RunHead head = plan.head[item * p.groups + group];
   run.begin = static_cast<int32_t>(p.pattern.causal ? r * plan.runs.size : 0);
+  run.list = head.count == kDense ? -1 : item * p.groups + group;
   if (head.count == kDense) {
     const int64_t column = (sequence.batch * p.groups + group) * p.keys + sequence.key_begin;
     run.score = p.scores + column;

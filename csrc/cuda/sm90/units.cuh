@@ -7,7 +7,7 @@
 
 namespace sparsek::cuda::sm90 {
 
-// The units of a tile in order: pairs of list blocks, then pairs of window blocks. All lanes of a warp move together.
+// The units of a tile in order: blocks of its run's list, then of its window. All lanes of a warp move together.
 class UnitCursor {
  public:
   // `memory`: of this warp, in shared memory, since registers are scarce.
@@ -17,8 +17,8 @@ class UnitCursor {
     __syncwarp();
     if (threadIdx.x % 32 == 0) blocks_ = blocks;
     __syncwarp();
-    lists_ = (blocks.lists + 1) / 2;
-    end_ = lists_ + (blocks.end - blocks.lists + 1) / 2;
+    lists_ = blocks.lists;
+    end_ = blocks.end;
     base_ = -32;
     live_ = 0;
     unit_ = -1;
@@ -26,7 +26,7 @@ class UnitCursor {
 
   __device__ const TileBlocks& blocks() const { return blocks_; }
   __device__ bool is_window(int32_t unit) const { return unit >= lists_; }
-  __device__ int32_t first_key(int32_t unit) const { return blocks_.window_key + (unit - lists_) * 2 * kBlock; }
+  __device__ int32_t first_key(int32_t unit) const { return blocks_.first_key(unit); }
 
   // The next unit that some query of the tile may see, or -1.
   __device__ int32_t next() {
@@ -35,9 +35,7 @@ class UnitCursor {
         base_ += 32;
         if (base_ >= lists_) break;
         const int32_t mine = base_ + static_cast<int32_t>(threadIdx.x % 32);
-        const bool live = mine < lists_ && (blocks_.is_live(2 * mine) ||
-                                            (2 * mine + 1 < blocks_.lists && blocks_.is_live(2 * mine + 1)));
-        live_ = __ballot_sync(~0u, live);
+        live_ = __ballot_sync(~0u, mine < lists_ && blocks_.is_live(mine));
       }
       if (live_ != 0) {
         unit_ = base_ + __ffs(live_) - 1;

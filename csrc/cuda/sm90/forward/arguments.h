@@ -5,16 +5,21 @@
 
 #include "cuda/forward/params.h"
 #include "cuda/plan/plan.h"
+#include "cuda/sm90/compact.h"
 
 namespace sparsek::cuda::sm90 {
+
+// Warpgroups that attend, with 64 rows of a tile each: as many as registers allow, for a warp alone waits most of the time.
+constexpr int kForwardConsumers = 3;
 
 struct ForwardArguments {
   ForwardParams<float> params;
   Plan plan;
+  Compact compact;
   Items tiles;         // of the queries
   int64_t num_tiles;   // tile items
   int64_t work;        // tile items times packs of heads
-  uint64_t* suspects;  // [work]: a byte for each warp of the consumers, not 0 where an output is not finite
+  uint32_t* suspects;  // [work, consumers]: a byte for each warp, not 0 where an output is not finite
   int32_t heads;       // query heads that share a tile
   float sign;          // logits are sign * magnitude * (q . k), in base 2, with magnitude > 0
   float magnitude;

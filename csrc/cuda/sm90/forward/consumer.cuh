@@ -15,19 +15,19 @@ class Consumer {
  public:
   using Element = typename Traits::Element;
   using Shared = typename Traits::Shared;
-  using Notes = typename Traits::Notes;
+  using Sums = float[Traits::kValueWidth / 2];
 
   __device__ Consumer(const ForwardArguments& a, Shared& shared)
       : a_(a), s_(shared), index_(static_cast<int>(threadIdx.x) / 128 - 1) {}
 
   __device__ void run() {
-    if (index_ == 1) give_turn();  // the first turn is the other one's
     while (true) {
-      wait(s_.query_full, query_phase_);
-      if (s_.message == Traits::kDone) return;
-      run_tile(s_.message == Traits::kKeys);
-      query_phase_ ^= 1;
-      if (++place_ == Traits::kRowPlaces) place_ = 0;
+      wait(s_.query_full[query_stage_], query_phase_);
+      const auto message = s_.message[query_stage_];
+      if (message == Traits::kDone) return;
+      run_tile(message == Traits::kKeys);
+      release(s_.query_empty[query_stage_]);
+      if (++query_stage_ == Traits::kQueryStages) query_stage_ = 0, query_phase_ ^= 1;
     }
   }
 
@@ -35,61 +35,64 @@ class Consumer {
   __device__ void run_tile(bool has_keys) {
     const int lane = threadIdx.x % 32;
     const int row = index_ * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const typename Traits::Row* rows = &s_.rows[place_][row];
+    const typename Traits::Row* rows = &s_.rows[query_stage_][row];
     RowState state;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       state.threshold[h] = rows[8 * h].threshold;
       state.position[h] = rows[8 * h].position;
-      state.maximum[h] = -INFINITY;
+      state.reference[h] = -INFINITY;
       state.sum[h] = 0.0f;
       state.poisoned[h] = false;
     }
-    float out[Traits::kValueWidth / 2];
+    Sums out;
 #pragma unroll
     for (float& x : out) x = 0.0f;
-    const int64_t work = s_.work[place_];
-    if (has_keys) {
-      attend(state, out);
-    } else {
-      release(s_.query_empty);
-    }
+    if (has_keys) attend(state, out);
     bool finite = true;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) finite = store(rows[8 * h], h, state, out) && finite;
+    for (int h = 0; h < 2; ++h) finite = normalize(rows[8 * h], h, state, out) && finite;
+    store(out);
     if constexpr (!Traits::kCareful) {
       const bool suspect = __any_sync(~0u, !finite);
-      if (lane == 0) reinterpret_cast<uint8_t*>(a_.suspects + work)[threadIdx.x / 32 - 4] = suspect;
+      uint8_t* suspects = reinterpret_cast<uint8_t*>(a_.suspects + s_.work[query_stage_] * Traits::kConsumers);
+      if (lane == 0) suspects[threadIdx.x / 32 - 4] = suspect;
     }
   }
 
-  __device__ void attend(RowState& state, float (&out)[Traits::kValueWidth / 2]) {
-    float logits[64], decay[2];
-    uint32_t weights[8][4];
-    uint32_t flags = 0;
+  // Unit by unit: while the weights of one are made, the tensor cores multiply the weights before with their values.
+  __device__ void attend(RowState& state, Sums& out) {
+    float logits[32], decay[2];
+    uint32_t weights[4][4], flags = 0;
+    if (a_.sign != 1.0f) sign_queries();
     for (bool first = true; !(flags & Traits::kLast); first = false) {
       wait(s_.key_full[key_stage_], key_phase_);
-      take_turn();
+      // Accumulators are not to be touched between the fence and the wait: the compiler would wait for each product.
+      mma_pin(logits);
+      mma_pin(out);
+      mma_fence();
       multiply_keys(logits);
+      mma_commit();
       if (!first) {
         wait(s_.value_full[value_stage_], value_phase_);
         find_poison(weights, state);
         multiply_values(weights, out);
       }
       mma_commit();
-      give_turn();
       mma_wait<1>();  // the logits
       mma_pin(logits);
       release(s_.key_empty[key_stage_]);
-      flags = s_.notes[note_].flags;
-      if (flags & Traits::kLast) release(s_.query_empty);
-      weigh_unit(flags, logits, state, decay);
       advance_key();
+      flags = s_.notes[note_].flags;
+      const bool rescale = weigh_unit(flags, logits, state, decay);
+      note_ = (note_ + 1) % Traits::kNotes;
       mma_wait<0>();
       mma_pin(out);
       if (!first) {
         release(s_.value_empty[value_stage_]);
         advance_value();
+      }
+      if (rescale) {
 #pragma unroll
         for (int i = 0; i < Traits::kValueWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
       }
@@ -97,6 +100,8 @@ class Consumer {
     }
     wait(s_.value_full[value_stage_], value_phase_);
     find_poison(weights, state);
+    mma_pin(out);
+    mma_fence();
     multiply_values(weights, out);
     mma_commit();
     mma_wait<0>();
@@ -105,37 +110,85 @@ class Consumer {
     advance_value();
   }
 
+  // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
+  __device__ bool weigh_unit(uint32_t flags, float (&logits)[32], RowState& state, float (&decay)[2]) const {
+    const typename Traits::Column& notes = s_.notes[note_].column[threadIdx.x % 4];
+    const int32_t window = static_cast<int32_t>(a_.params.pattern.window);
+    float highest[2];
+    if (flags & (Traits::kSolid | Traits::kSeen)) {
+      mask<Traits, Seen::kAll>(logits, notes, window, state, highest);
+    } else if (flags & Traits::kEntering) {
+      mask<Traits, Seen::kEntering>(logits, notes, window, state, highest);
+    } else if (flags & Traits::kWindow) {
+      mask<Traits, Seen::kWindow>(logits, notes, window, state, highest);
+    } else {
+      mask<Traits, Seen::kByScore>(logits, notes, window, state, highest);
+    }
+    const auto grows = [&](int h) { return (highest[h] - state.reference[h]) * a_.magnitude > kLeeway; };
+    decay[0] = decay[1] = 1.0f;
+    const bool rescale = __any_sync(~0u, grows(0) || grows(1));
+    if (rescale) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        highest[h] = reduce_max(highest[h]);
+        if (!grows(h)) continue;
+        decay[h] = exp2_fast((state.reference[h] - highest[h]) * a_.magnitude);
+        state.reference[h] = highest[h];
+        state.sum[h] *= decay[h];
+      }
+    }
+    if (flags & (Traits::kSolid | Traits::kWindow)) {
+      weigh<Traits, false>(logits, notes, a_.magnitude, state);
+    } else {
+      weigh<Traits, true>(logits, notes, a_.magnitude, state);
+    }
+    return rescale;
+  }
+
+  // Gives the queries the sign of the scale.
+  __device__ void sign_queries() const {
+    const int row = index_ * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
+    const uint32_t place = shared_address(s_.query[query_stage_]) + row * 128;
+    for (int k = 0; k < Traits::kWidth / 16; ++k) {
+      const int chunk = 2 * k + threadIdx.x % 32 / 16;
+      const uint32_t matrices = place + chunk / 8 * (Traits::kRows * 128) + (chunk ^ row) % 8 * 16;
+      uint32_t pairs[4];
+      load_matrices(pairs, matrices);
+      for (uint32_t& pair : pairs) pair = multiply_pair<Element>(pair, a_.sign);
+      __syncwarp();
+      store_matrices(matrices, pairs);
+    }
+    fence_async_proxy();
+    named_barrier_sync(kSignBarrier + index_, 128);
+  }
+
   // logits = queries keys^T, asynchronously.
-  __device__ void multiply_keys(float (&logits)[64]) {
-    const uint64_t query = matrix_descriptor(opaque(shared_address(s_.query)) + index_ * 64 * 128, 16);
+  __device__ void multiply_keys(float (&logits)[32]) const {
+    const uint64_t query = matrix_descriptor(shared_address(s_.query[query_stage_]) + index_ * 64 * 128, 16);
     const uint64_t key = matrix_descriptor(shared_address(s_.key[key_stage_]), 16);
-    mma_pin(logits);
-    mma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kWidth / 16; ++k)
       multiply_shared<Element>(logits, advance(query, k / 4 * Traits::kRows * 128 + k % 4 * 32),
                                advance(key, k / 4 * Traits::kSlots * 128 + k % 4 * 32), k > 0);
-    mma_commit();
   }
 
   // out += weights values, asynchronously.
-  __device__ void multiply_values(uint32_t (&weights)[8][4], float (&out)[Traits::kValueWidth / 2]) {
-    const uint64_t value = matrix_descriptor(shared_address(s_.value[value_stage_]), Traits::kSlots * 128);
-    mma_pin(out);
-    mma_fence();
+  __device__ void multiply_values(uint32_t (&weights)[4][4], Sums& out) const {
+    const uint64_t value =
+        matrix_descriptor(shared_address(s_.value[value_stage_]), Traits::kSlots * 128);
 #pragma unroll
-    for (int k = 0; k < Traits::kSlots / 16; ++k)
-      multiply_registers<Element>(out, weights[k], advance(value, k * 16 * 128), true);
+    for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(value, k * 16 * 128), true);
   }
 
   // Rows that give weight to a value that was not finite become NaN.
-  __device__ void find_poison(const uint32_t (&weights)[8][4], RowState& state) const {
+  __device__ void find_poison(const uint32_t (&weights)[4][4], RowState& state) const {
     if constexpr (Traits::kCareful) {
 #pragma unroll
-      for (int k = 0; k < 8; ++k)
+      for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint8_t* poisoned = &s_.poisoned[value_stage_][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
+          const uint8_t* poisoned =
+              &s_.poisoned[value_stage_][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
           const bool low = poisoned[0] && (weights[k][i] & 0x7fff) != 0;
           const bool high = poisoned[1] && (weights[k][i] >> 16 & 0x7fff) != 0;
           if (low || high) state.poisoned[i % 2] = true;
@@ -143,78 +196,80 @@ class Consumer {
     }
   }
 
-  __device__ void weigh_unit(uint32_t flags, float (&logits)[64], RowState& state, float (&decay)[2]) {
-    const Notes& notes = s_.notes[note_];
-    note_ = (note_ + 1) % Traits::kNotes;
-    if (a_.sign != 1.0f) {
-#pragma unroll
-      for (float& x : logits) x *= a_.sign;
-    }
-    const int32_t window = static_cast<int32_t>(a_.params.pattern.window);
-    if (flags & Traits::kSolid) {
-      weigh<Traits, Unit::kSolid>(logits, notes, window, a_.magnitude, state, decay);
-    } else if (flags & Traits::kSeen) {
-      weigh<Traits, Unit::kSeen>(logits, notes, window, a_.magnitude, state, decay);
-    } else if (flags & Traits::kEntering) {
-      weigh<Traits, Unit::kEntering>(logits, notes, window, a_.magnitude, state, decay);
-    } else if (flags & Traits::kWindow) {
-      weigh<Traits, Unit::kWindow>(logits, notes, window, a_.magnitude, state, decay);
-    } else {
-      weigh<Traits, Unit::kGated>(logits, notes, window, a_.magnitude, state, decay);
-    }
-  }
-
   // Weights as the left operand of a product: the layouts match once neighbours share a register.
-  __device__ static void pack_weights(const float (&logits)[64], uint32_t (&weights)[8][4]) {
+  __device__ static void pack_weights(const float (&logits)[32], uint32_t (&weights)[4][4]) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
+    for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) weights[k][i] = pack<Element>(logits[8 * k + 2 * i], logits[8 * k + 2 * i + 1]);
   }
 
-  // Returns whether all that it stores is finite, or no product is to blame.
-  __device__ bool store(const typename Traits::Row& row, int h, const RowState& state,
-                        const float (&out)[Traits::kValueWidth / 2]) const {
+  // Divides by the sum, and stores the LSE. Returns whether all of the row is finite, or no product is to blame.
+  __device__ bool normalize(const typename Traits::Row& row, int h, const RowState& state,
+                            Sums& out) const {
     const float sum = reduce_sum(state.sum[h]);
     const bool is_nan = row.threshold != row.threshold;
     bool poisoned = is_nan;
     if constexpr (Traits::kCareful) poisoned = reduce_sum(state.poisoned[h] ? 1.0f : 0.0f) > 0.0f || is_nan;
-    if (row.out == nullptr) return true;
-    const float factor = poisoned ? NAN : sum == 0.0f ? 0.0f : 1.0f / sum;
-    const int lane = threadIdx.x % 4;
-    if (lane == 0)
+    const float factor = poisoned ? NAN : sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+    if (threadIdx.x % 4 == 0 && row.lse != nullptr)
       *row.lse = is_nan || sum != sum ? NAN
                  : sum == 0.0f        ? -INFINITY
-                                      : (state.maximum[h] * a_.magnitude + log2f(sum)) * kLn2;
-    if (a_.params.out.element_size == sizeof(Element)) {
-      store_row(row.out, factor, h, out, [](float x, float y) { return pack<Element>(x, y); });
-    } else {
-      store_row(row.out, factor, h, out, [](float x, float y) { return float2{x, y}; });
-    }
-    float zero = 0.0f;
+                                      : (state.reference[h] * a_.magnitude + log2f(sum)) * kLn2;
+    float zeros[4] = {};  // several, since each sum is a chain
 #pragma unroll
     for (int i = 0; i < Traits::kValueWidth / 2; ++i)
-      if (i / 2 % 2 == h) zero = fmaf(out[i], 0.0f, zero);
-    return zero == 0.0f;
+      if (i / 2 % 2 == h) {
+        zeros[i / 4 % 2 * 2 + i % 2] = fmaf(out[i], 0.0f, zeros[i / 4 % 2 * 2 + i % 2]);
+        out[i] *= factor;
+      }
+    return zeros[0] + zeros[1] + zeros[2] + zeros[3] == 0.0f || row.out == nullptr;
   }
 
-  // Pairs of neighbouring columns, as what `make` makes of them.
-  template <typename Make>
-  __device__ void store_row(char* to, float factor, int h, const float (&out)[Traits::kValueWidth / 2],
-                            const Make& make) const {
-    using Pair = decltype(make(0.0f, 0.0f));
-    Pair* pairs = reinterpret_cast<Pair*>(to) + threadIdx.x % 4;
-    const int count = static_cast<int>(a_.params.out.width) / 8;
+  // Stores this warp's 16 rows: by way of its queries' shared memory, so that each row goes out in whole.
+  __device__ void store(const Sums& out) const {
+    const int lane = threadIdx.x % 32, first = index_ * 64 + threadIdx.x % 128 / 32 * 16;
+    const typename Traits::Row* rows = &s_.rows[query_stage_][first];
+    const int chunks = static_cast<int>(a_.params.out.width) / 8;
+    if (a_.params.out.element_size != sizeof(Element)) {
 #pragma unroll
-    for (int j = 0; j < Traits::kValueWidth / 8; ++j)
-      if (j < count) pairs[4 * j] = make(out[4 * j + 2 * h] * factor, out[4 * j + 2 * h + 1] * factor);
+      for (int h = 0; h < 2; ++h) {
+        float2* row = reinterpret_cast<float2*>(rows[lane / 4 + 8 * h].out);
+        if (row == nullptr) continue;
+#pragma unroll
+        for (int j = 0; j < Traits::kValueWidth / 8; ++j)
+          if (j < chunks) row[4 * j + lane % 4] = {out[4 * j + 2 * h], out[4 * j + 2 * h + 1]};
+      }
+      return;
+    }
+    const uint32_t place = shared_address(s_.query[query_stage_]) + first * 128;
+    const auto chunk_of = [&](int row, int chunk) {
+      return place + chunk / 8 * (Traits::kRows * 128) + row * 128 + (chunk ^ row) % 8 * 16;
+    };
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < Traits::kValueWidth / 8; j += 2) {
+      const uint32_t pairs[4] = {pack<Element>(out[4 * j], out[4 * j + 1]), pack<Element>(out[4 * j + 2], out[4 * j + 3]),
+                                 pack<Element>(out[4 * j + 4], out[4 * j + 5]),
+                                 pack<Element>(out[4 * j + 6], out[4 * j + 7])};
+      store_matrices(chunk_of(lane % 16, j + lane / 16), pairs);
+    }
+    __syncwarp();
+    constexpr int kChunks = Traits::kValueWidth / 8, kRowsAtOnce = 32 / kChunks, kSteps = 16 / kRowsAtOnce;
+    const int chunk = lane % kChunks;
+    uint4 x[kSteps];
+    uint4* to[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int row = i * kRowsAtOnce + lane / kChunks;
+      to[i] = reinterpret_cast<uint4*>(rows[row].out);
+      load_shared_16(x[i], chunk_of(row, chunk));
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (to[i] != nullptr && chunk < chunks) to[i][chunk] = x[i];
   }
 
-  // Keeps the compiler from computing what follows from `x` ahead of the loop: registers are scarce.
-  __device__ static uint32_t opaque(uint32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-  }
   __device__ static void wait(uint64_t& barrier, uint32_t phase) {
     barrier_wait(barrier, phase);
     fence_async_proxy();
@@ -229,15 +284,12 @@ class Consumer {
   __device__ void advance_value() {
     if (++value_stage_ == Traits::kStages) value_stage_ = 0, value_phase_ ^= 1;
   }
-  __device__ void take_turn() const { named_barrier_sync(kTurnBarrier + index_, 256); }
-  __device__ void give_turn() const { named_barrier_arrive(kTurnBarrier + (index_ ^ 1), 256); }
-
   static constexpr float kLn2 = 0.6931471805599453f;
 
   const ForwardArguments& a_;
   Shared& s_;
   const int index_;
-  int place_ = 0, note_ = 0, key_stage_ = 0, value_stage_ = 0;
+  int query_stage_ = 0, note_ = 0, key_stage_ = 0, value_stage_ = 0;
   uint32_t key_phase_ = 0, value_phase_ = 0, query_phase_ = 0;
 };
 

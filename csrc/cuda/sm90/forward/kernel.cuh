@@ -12,12 +12,20 @@ namespace sparsek::cuda::sm90 {
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) forward(const __grid_constant__ ForwardArguments a) {
   using Shared = typename Traits::Shared;
+  if constexpr (Traits::kCareful) {  // seldom is there anything to do
+    bool any = false;
+    for (int64_t i = blockIdx.x + int64_t{threadIdx.x} * gridDim.x; i < a.work; i += int64_t{Traits::kThreads} * gridDim.x)
+      any = any || is_suspect<Traits>(a, i);
+    if (!__syncthreads_or(any)) return;
+  }
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Traits::kConsumers;
-    barrier_init(shared.query_full, 32 + 1);
-    barrier_init(shared.query_empty, kConsumerWarps);
+    for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
+      barrier_init(shared.query_full[stage], 32 + 1);
+      barrier_init(shared.query_empty[stage], kConsumerWarps);
+    }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       barrier_init(shared.key_full[stage], 64 + 2);
       barrier_init(shared.key_empty[stage], kConsumerWarps);

@@ -3,30 +3,35 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/sm90/forward/arguments.h"
 
 namespace sparsek::cuda {
-
 void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, const Tensor& reference,
                       int multiprocessors, cudaStream_t stream) {
-  constexpr int kRows = 128, kMostHeads = 16;
+  constexpr int kMostHeads = 16;
   sm90::ForwardArguments arguments{};
   arguments.params = params;
   arguments.plan = plan;
   // Heads of a group share a tile, and with it the rows that it gathers.
   arguments.heads = 1;
   while (arguments.heads < kMostHeads && params.heads_per_group % (2 * arguments.heads) == 0) arguments.heads *= 2;
-  arguments.tiles = query_tiles(kRows, arguments.heads);
+  arguments.tiles = query_tiles(kForwardRowsSm90, arguments.heads);
   arguments.num_tiles = params.sequences.num_items(params.sequences.cu_q, params.queries, arguments.tiles);
   arguments.work = arguments.num_tiles * (params.groups * params.heads_per_group / arguments.heads);
   constexpr double kLog2e = 1.4426950408889634;
   arguments.sign = params.scale > 0 ? 1.0f : params.scale < 0 ? -1.0f : 0.0f;
   arguments.magnitude = params.scale == 0 ? 1.0f : static_cast<float>(std::abs(params.scale) * kLog2e);
   if (arguments.work == 0) return;
-  const Tensor suspects = make_empty(reference, {arguments.work}, ScalarType::Long);
-  arguments.suspects = static_cast<uint64_t*>(suspects.mutable_data_ptr());
+  static_assert(kForwardRowsSm90 == 64 * sm90::kForwardConsumers);
+  const int width = std::max(params.query.width, params.value.width) <= 64 ? 64 : 128;
+  const int64_t readers = (params.pattern.causal ? plan.runs.size : params.queries) / arguments.tiles.size;
+  const sm90::CompactMemory copies = sm90::make_compact(params, plan, width, readers, reference, stream);
+  arguments.compact = copies.compact;
+  const Tensor suspects = make_empty(reference, {arguments.work, sm90::kForwardConsumers}, ScalarType::Int);
+  arguments.suspects = static_cast<uint32_t*>(suspects.mutable_data_ptr());
   if (params.query.dtype == torch::headeronly::ScalarType::BFloat16) {
     sm90::launch_forward_of<__nv_bfloat16>(arguments, multiprocessors, stream);
   } else {

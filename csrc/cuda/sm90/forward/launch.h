@@ -11,6 +11,7 @@ namespace sparsek::cuda {
 // K and Kv up to 128, multiples of 8; last strides 1 and rows aligned to 16 bytes; `out` contiguous, in the dtype of
 // the inputs or float32.
 constexpr int64_t kMaxForwardWidthSm90 = 128;
+constexpr int64_t kForwardRowsSm90 = 192;  // of a tile; the runs of the plan are a multiple of them
 void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, const Tensor& reference,
                       int multiprocessors, cudaStream_t stream);
 

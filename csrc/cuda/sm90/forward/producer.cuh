@@ -11,11 +11,21 @@
 
 namespace sparsek::cuda::sm90 {
 
+// Whether the first pass met values that were not finite in a tile.
+template <typename Traits>
+__device__ bool is_suspect(const ForwardArguments& a, int64_t index) {
+  uint32_t found = 0;
+#pragma unroll
+  for (int consumer = 0; consumer < Traits::kConsumers; ++consumer)
+    found |= a.suspects[index * Traits::kConsumers + consumer];
+  return found != 0;
+}
+
 // Calls visit(tile, its number) for each tile of this CTA that has queries.
 template <typename Traits, typename Visit>
 __device__ void for_each_tile(const ForwardArguments& a, const Visit& visit) {
   for (int64_t index = blockIdx.x; index < a.work; index += gridDim.x) {
-    if (Traits::kCareful && a.suspects[index] == 0) continue;
+    if (Traits::kCareful && !is_suspect<Traits>(a, index)) continue;
     // Tiles of one head are neighbours, so that its keys stay in the L2 cache; long ones come first.
     const int64_t pack = divide(index, a.num_tiles), item = (pack + 1) * a.num_tiles - 1 - index;
     const QueryTile tile = find_query_tile(a.params, a.tiles, item, pack * a.heads, a.heads);
@@ -23,11 +33,23 @@ __device__ void for_each_tile(const ForwardArguments& a, const Visit& visit) {
   }
 }
 
-// A lane's two slots of a unit.
-struct Slots {
-  int2 key;
-  float2 score;
-};
+template <int kWidth>
+constexpr int64_t kUnitBytes = int64_t{kUnit} * kWidth * 2;
+
+// The copies of a run's keys or values, or null.
+template <int kWidth>
+__device__ const char* find_copies(const Compact& compact, const char* copies, const RunView& run) {
+  const int32_t first = compact.first_unit == nullptr || run.list < 0 ? -1 : compact.first_unit[run.list];
+  return first < 0 ? nullptr : copies + first * kUnitBytes<kWidth>;
+}
+
+// One thread brings a unit of copies.
+template <int kWidth, typename Tile>
+__device__ void bring_unit(const char* copies, Tile& tile, uint64_t& barrier) {
+  static_assert(sizeof(Tile) == kUnitBytes<kWidth>);
+  barrier_expect(barrier, kUnitBytes<kWidth>);
+  copy_bulk(shared_address(&tile), copies, kUnitBytes<kWidth>, barrier);
+}
 
 template <typename Traits>
 class KeyProducer {
@@ -51,6 +73,7 @@ class KeyProducer {
     cursor_.start(find_blocks(a_.params, a_.plan, tile));
     base_ = a_.params.key.row(tile.sequence.batch, tile.sequence.key_begin, tile.group);
     keys_ = tile.sequence.keys;
+    copies_ = find_copies<Traits::kWidth>(a_.compact, a_.compact.key, cursor_.blocks().run);
     highest_ = highest_threshold(tile);
     int32_t unit = cursor_.next();
     if (unit < 0) return;
@@ -76,6 +99,7 @@ class KeyProducer {
     const TileBlocks& blocks = cursor_.blocks();
     last_key_ = -1;
     lowest_ = -INFINITY;
+    copied_ = copies_ == nullptr || cursor_.is_window(unit) ? nullptr : copies_ + unit * kUnitBytes<Traits::kWidth>;
     if (cursor_.is_window(unit)) {
       begin_ = cursor_.first_key(unit);
       end_ = min(blocks.last + 1, keys_);
@@ -86,50 +110,46 @@ class KeyProducer {
     begin_ = unit * Traits::kSlots;
     end_ = min(begin_ + Traits::kSlots, run.count);
     flags_ = 0;
-    const int32_t slot = begin_ + 2 * thread_;
+    const int32_t slot = begin_ + thread_;
     if (run.key != nullptr) {  // lists have room for whole units
-      slots_.key = *reinterpret_cast<const int2*>(run.key + slot);
-      slots_.score = *reinterpret_cast<const float2*>(run.score + slot);
-      if (end_ - begin_ == Traits::kSlots) lowest_ = fminf(run.block_score[2 * unit], run.block_score[2 * unit + 1]);
+      key_ = run.key[slot];
+      score_ = run.score[slot];
+      if (end_ - begin_ == Traits::kSlots) lowest_ = run.block_score[unit];
     } else {
-      slots_.key = {slot, slot + 1};
-      const int32_t most = run.count - 1;
-      slots_.score = {run.score_of(min(slot, most)), run.score_of(min(slot + 1, most))};
+      key_ = slot;
+      score_ = run.score_of(min(slot, run.count - 1));
     }
     if (end_ > run.entering) last_key_ = run.key_of(end_ - 1);
   }
 
   __device__ void load(bool last) {
     typename Traits::Notes& notes = s_.notes[note_];
-    const int local = 2 * thread_;
     const int64_t window = a_.params.pattern.window;
-    int2 key = slots_.key, entry{-1, -1};
-    float2 score = slots_.score;
+    int32_t key = key_, entry = -1;
+    float score = score_;
     if (flags_ & Traits::kWindow) {
-      key = entry = {begin_ + local, begin_ + local + 1};
+      key = entry = begin_ + thread_;
     } else if (last_key_ >= 0 && last_key_ + window > cursor_.blocks().first) {
       flags_ |= Traits::kEntering;
-      const int32_t entering = cursor_.blocks().run.entering - begin_ - local;
-      const auto entry_of = [&](int i, int32_t key) {
-        return i >= entering ? static_cast<int32_t>(min(key + window, int64_t{kNever})) : -1;
-      };
-      entry = {entry_of(0, key.x), entry_of(1, key.y)};
+      if (begin_ + thread_ >= cursor_.blocks().run.entering)
+        entry = static_cast<int32_t>(min(key + window, int64_t{kNever}));
     } else if (lowest_ > highest_) {
       flags_ |= lowest_ >= highest_ + 1.0f ? Traits::kSolid : Traits::kSeen;
     }
     const bool whole = begin_ + Traits::kSlots <= end_;
-    if (!whole) {
-      const int32_t count = end_ - begin_ - local;
-      if (count < 1) key.x = -1, score.x = -INFINITY;
-      if (count < 2) key.y = -1, score.y = -INFINITY;
-    }
+    if (begin_ + thread_ >= end_) key = -1, score = -INFINITY;
     barrier_wait(s_.key_empty[stage_], phase_ ^ 1);
-    *reinterpret_cast<int2*>(&s_.key_rows[local]) = key;
-    *reinterpret_cast<int2*>(&notes.entry[local]) = entry;
-    *reinterpret_cast<float2*>(&notes.score[local]) = score;
+    s_.key_rows[thread_] = key;
+    typename Traits::Column& column = notes.column[thread_ / 2 % 4];
+    column.entry[thread_ / 8 * 2 + thread_ % 2] = entry;
+    column.score[thread_ / 8 * 2 + thread_ % 2] = score;
     if (thread_ == 0) notes.flags = flags_ | (last ? Traits::kLast : 0);
     __syncwarp();
-    copier_.copy(s_.key_rows + thread_ / 32 * 64, whole, base_, shared_address(s_.key[stage_]));
+    if (copied_ != nullptr) {
+      if (thread_ == 0) bring_unit<Traits::kWidth>(copied_, s_.key[stage_], s_.key_full[stage_]);
+    } else {
+      copier_.copy(s_.key_rows + thread_ / 32 * kKeyRows, whole, base_, shared_address(s_.key[stage_]));
+    }
     barrier_arrive_after_copies(s_.key_full[stage_]);
     __syncwarp();
     if (lane_ == 0) barrier_arrive(s_.key_full[stage_]);  // for the notes
@@ -139,18 +159,22 @@ class KeyProducer {
 
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
-  const RowCopier<Traits, Traits::kWidth, 64> copier_;
+  static constexpr int kKeyRows = Traits::kSlots / 2;  // of a warp
+  const RowCopier<Traits, Traits::kWidth, kKeyRows> copier_;
   const int thread_, lane_;
   UnitCursor cursor_;
   const char* base_;
+  const char* copies_;  // of the run's list, or null
   int32_t keys_;
   float highest_;
   // The unit looked up: slots or, in the window, keys [begin_, end_) and beyond.
-  Slots slots_;
+  int32_t key_;  // of this thread's slot
+  float score_;
   int32_t begin_, end_;
   int32_t last_key_;  // of those that enter within the run
   float lowest_;      // score
   uint32_t flags_;
+  const char* copied_;  // the unit's copies, or null
   int note_ = 0, stage_ = 0;
   uint32_t phase_ = 0;
 };
@@ -172,11 +196,16 @@ class ValueProducer {
     cursor_.start(find_blocks(a_.params, a_.plan, tile));
     base_ = a_.params.value.row(tile.sequence.batch, tile.sequence.key_begin, tile.group);
     keys_ = tile.sequence.keys;
+    const char* copies = nullptr;
+    if constexpr (!Traits::kCareful)
+      copies = find_copies<Traits::kValueWidth>(a_.compact, a_.compact.value, cursor_.blocks().run);
     int32_t unit = cursor_.next(), end = 0;
-    int4 key{};
+    for (; copies != nullptr && unit >= 0 && !cursor_.is_window(unit); unit = cursor_.next())
+      bring(copies + unit * kUnitBytes<Traits::kValueWidth>);
+    int2 key{};
     if (unit >= 0) key = look_up(unit, end);
     while (unit >= 0) {
-      const int4 mine = key;
+      const int2 mine = key;
       const int32_t mine_end = end;
       unit = cursor_.next();
       if (unit >= 0) key = look_up(unit, end);
@@ -185,29 +214,35 @@ class ValueProducer {
   }
 
   // `end`: how many of the unit's slots there are.
-  __device__ int4 look_up(int32_t unit, int32_t& end) const {
+  __device__ int2 look_up(int32_t unit, int32_t& end) const {
     const TileBlocks& blocks = cursor_.blocks();
     const RunView& run = blocks.run;
     const bool window = cursor_.is_window(unit);
     const int32_t begin = window ? cursor_.first_key(unit) : unit * Traits::kSlots;
     end = min((window ? min(blocks.last + 1, keys_) : run.count) - begin, Traits::kSlots);
-    const int32_t slot = begin + 4 * lane_;
-    if (!window && run.key != nullptr) return *reinterpret_cast<const int4*>(run.key + slot);
-    return {slot, slot + 1, slot + 2, slot + 3};
+    const int32_t slot = begin + 2 * lane_;
+    if (!window && run.key != nullptr) return *reinterpret_cast<const int2*>(run.key + slot);
+    return {slot, slot + 1};
   }
 
-  __device__ void load(int4 key, int32_t end) {
-    const int local = 4 * lane_;
+  __device__ void bring(const char* copied) {
+    barrier_wait(s_.value_empty[stage_], phase_ ^ 1);
+    if (lane_ == 0) bring_unit<Traits::kValueWidth>(copied, s_.value[stage_], s_.value_full[stage_]);
+    __syncwarp();
+    barrier_arrive(s_.value_full[stage_]);
+    if (++stage_ == Traits::kStages) stage_ = 0, phase_ ^= 1;
+  }
+
+  __device__ void load(int2 key, int32_t end) {
+    const int local = 2 * lane_;
     if (local >= end) key.x = -1;
     if (local + 1 >= end) key.y = -1;
-    if (local + 2 >= end) key.z = -1;
-    if (local + 3 >= end) key.w = -1;
     barrier_wait(s_.value_empty[stage_], phase_ ^ 1);
-    *reinterpret_cast<int4*>(&s_.value_rows[local]) = key;
+    *reinterpret_cast<int2*>(&s_.value_rows[local]) = key;
     __syncwarp();
     copier_.copy(s_.value_rows, end == Traits::kSlots, base_, shared_address(s_.value[stage_]));
     if constexpr (Traits::kCareful) {
-      for (int i = 0; i < 4; ++i) s_.poisoned[stage_][local + i] = 0;
+      for (int i = 0; i < 2; ++i) s_.poisoned[stage_][local + i] = 0;
       __syncwarp();
       copier_.clean(shared_address(s_.value[stage_]), s_.poisoned[stage_]);
     }
@@ -244,24 +279,21 @@ class QueryProducer {
       }
       load(tile, has_keys ? Traits::kKeys : Traits::kNoKeys, work);
     });
-    barrier_wait(s_.query_empty, phase_ ^ 1);
-    if (lane_ == 0) s_.message = Traits::kDone;
+    barrier_wait(s_.query_empty[stage_], phase_ ^ 1);
+    if (lane_ == 0) s_.message[stage_] = Traits::kDone;
     tell();
   }
 
  private:
   __device__ void load(const QueryTile& tile, typename Traits::Message message, int64_t work) {
-    // Ahead of the consumers, who are done with the tile before the last one when the last one's queries were loaded.
-    typename Traits::Row* rows = s_.rows[place_];
+    typename Traits::Row* rows = s_.rows[stage_];
+    barrier_wait(s_.query_empty[stage_], phase_ ^ 1);
     for (int r = lane_; r < Traits::kRows; r += 32) rows[r] = describe(tile, r);
-    if (lane_ == 0) s_.work[place_] = work;
+    if (lane_ == 0) s_.work[stage_] = work, s_.message[stage_] = message;
     __syncwarp();
-    barrier_wait(s_.query_empty, phase_ ^ 1);
-    if (lane_ == 0) s_.message = message;
     if (message == Traits::kKeys) copy(rows);
     tell();
-    phase_ ^= 1;
-    if (++place_ == Traits::kRowPlaces) place_ = 0;
+    if (++stage_ == Traits::kQueryStages) stage_ = 0, phase_ ^= 1;
   }
 
   __device__ typename Traits::Row describe(const QueryTile& tile, int r) const {
@@ -287,7 +319,7 @@ class QueryProducer {
   __device__ void copy(const typename Traits::Row* rows) const {
     constexpr int kChunks = Traits::kWidth / 8, kRowsOfLane = Traits::kRows / (32 / kChunks);
     const int chunk = lane_ % kChunks, first = lane_ / kChunks * kRowsOfLane;
-    const uint32_t column = shared_address(s_.query) + chunk / 8 * (Traits::kRows * 128) + first * 128;
+    const uint32_t column = shared_address(s_.query[stage_]) + chunk / 8 * (Traits::kRows * 128) + first * 128;
     const bool inside = chunk * 8 < a_.params.query.width;
 #pragma unroll 8
     for (int i = 0; i < kRowsOfLane; ++i) {
@@ -299,15 +331,15 @@ class QueryProducer {
 
   // Tells the consumers once the copies are done, and now of ordinary writes.
   __device__ void tell() const {
-    barrier_arrive_after_copies(s_.query_full);
+    barrier_arrive_after_copies(s_.query_full[stage_]);
     __syncwarp();
-    if (lane_ == 0) barrier_arrive(s_.query_full);
+    if (lane_ == 0) barrier_arrive(s_.query_full[stage_]);
   }
 
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
   const int lane_;
-  int place_ = 0;
+  int stage_ = 0;
   uint32_t phase_ = 0;
 };
 

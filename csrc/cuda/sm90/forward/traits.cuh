@@ -16,15 +16,18 @@ struct ForwardTraits {
   static constexpr int kWidth = kWidth_;            // K, padded
   static constexpr int kValueWidth = kValueWidth_;  // Kv, padded
   static constexpr bool kCareful = kCareful_;
-  static constexpr int kRows = 128;   // of a query tile: 64 for each consumer
-  static constexpr int kSlots = 128;  // keys of a unit of work: two blocks of the plan
-  static constexpr int kStages = kWidth + kValueWidth > 128 ? 2 : 4;
+  static constexpr int kConsumers = kForwardConsumers;  // warpgroups
+  static constexpr int kRows = 64 * kConsumers;          // of a query tile
+  static constexpr int kSlots = kUnit;                   // keys of a unit of work
+  static constexpr int kStages = kWidth > 64 ? 3 : 6;
   static constexpr int kNotes = 2 * kStages;  // a unit's notes outlive its keys: consumers read them after the product
-  static constexpr int kRowPlaces = 3;        // rows are described one tile ahead, and read to the end of theirs
-  static constexpr int kConsumers = 2;        // warpgroups
+  static constexpr int kQueryStages = 2;      // tiles
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kConsumerRegisters = 152;
+  // What a launch gives its threads, of which no more than these are shared out: else the kernel waits for ever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
 
   // What the consumers must know of a unit, and of the rows of a tile.
   enum Flags : uint32_t {
@@ -35,9 +38,14 @@ struct ForwardTraits {
     kSeen = 16,     // all gates are above 0
   };
   enum Message : uint32_t { kKeys, kNoKeys, kDone };  // of a tile: units follow; none do; no further tile does
-  struct alignas(16) Notes {
-    float score[kSlots];
-    int32_t entry[kSlots];
+  // Of the slots that one thread of a row has, in order. Padded, so that the four threads of a row read from different
+  // banks.
+  struct alignas(16) Column {
+    float score[20];
+    int32_t entry[20];
+  };
+  struct Notes {
+    Column column[4];  // of the threads of a row
     uint32_t flags;
   };
   struct alignas(8) Row {
@@ -49,25 +57,26 @@ struct ForwardTraits {
   };
 
   // Operands are columns of 64 elements: rows of 128 bytes in the 128-byte swizzle.
+  static_assert(kWidth == kValueWidth);
   struct Shared {
-    alignas(1024) Element query[kWidth / 64][kRows][64];
+    alignas(1024) Element query[kQueryStages][kWidth / 64][kRows][64];  // then the output, on its way out
     alignas(1024) Element key[kStages][kWidth / 64][kSlots][64];
     alignas(1024) Element value[kStages][kValueWidth / 64][kSlots][64];
     Notes notes[kNotes];
-    Row rows[kRowPlaces][kRows];
-    Message message;
+    Row rows[kQueryStages][kRows];
     alignas(16) int32_t key_rows[kSlots], value_rows[kSlots];  // scratch of the producer
     uint8_t poisoned[kStages][kSlots];                         // values that were not finite
-    int64_t work[kRowPlaces];                                  // of the tile
     TileBlocks blocks[4];                                      // of its warps
-    uint64_t query_full, query_empty;
+    int64_t work[kQueryStages];                                // of the tile
+    Message message[kQueryStages];
+    uint64_t query_full[kQueryStages], query_empty[kQueryStages];
     uint64_t key_full[kStages], key_empty[kStages];
     uint64_t value_full[kStages], value_empty[kStages];
   };
   static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
 };
 
-// Named barriers: 0 is __syncthreads; these let one consumer issue its products while the other is at its softmax.
-constexpr int kTurnBarrier = 1;  // + index of the consumer
+// Named barriers: 0 is __syncthreads.
+constexpr int kSignBarrier = 1;  // + index of the consumer: its queries have their sign
 
 }  // namespace sparsek::cuda::sm90
