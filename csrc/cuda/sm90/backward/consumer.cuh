@@ -78,6 +78,7 @@ class Consumer {
     mma_pin(weights);
     const TileRows<kRows>& rows = s_.rows[stage];
     exponentiate<kRows>(weights, rows, scale_);
+    mma_pin(weights);  // now, under the other product
     mma_wait<0>();
     mma_pin(grads);
     float query_sums[kRows / 4];
