@@ -22,7 +22,7 @@ struct BackwardArguments {
   float* tile_sums;
   float* grad_key;      // [B, G, Mk, K]: sums, not scaled; written where a query sees the key
   float* grad_value;    // [B, G, Mk, Kv]
-  int32_t* first_unit;  // [runs * G + 1]: of the lists, before each run; later runs first
+  int32_t* first_unit;  // [runs * packs of groups + 1]: of the lists, before each; later runs first
   int32_t* ticket;      // [1]: the next unit
   int32_t* added;       // [runs, G]: how many units of a run have added their sums
   int32_t* turns;       // [H, tile items]: 1 + the unit that was the last to add to a tile; 0: none yet

@@ -33,13 +33,39 @@ __device__ __forceinline__ void exponentiate(float (&logits)[kRows / 2], const T
   }
 }
 
-// Replaces ungated weights by weights, and their gradients by those of the logits, both exactly 0 where a pair is not
-// seen. Adds the gradients of fractional gates to the sums of their keys, and stores them in the sums of queries.
+// Sums of four pairs of queries over the eight lanes that hold the same ones: leaves one in each lane.
+__device__ __forceinline__ float reduce(float (&sums)[8]) {
+#pragma unroll
+  for (int count = 4; count >= 1; count /= 2) {
+    const int mask = 4 * count;
+    const bool high = threadIdx.x & mask;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float give = high ? sums[i] : sums[i + count], keep = high ? sums[i + count] : sums[i];
+      sums[i] = keep + __shfl_xor_sync(~0u, give, mask);
+    }
+  }
+  return sums[0];
+}
+// Which of 32 queries that is.
+__device__ __forceinline__ int query_of_sums() {
+  const int lane = threadIdx.x % 32;
+  return (lane >> 4 & 1) * 16 + (lane >> 3 & 1) * 8 + lane % 4 * 2 + (lane >> 2 & 1);
+}
+
+// Makes of ungated weights, and of the gradients of weights, two left factors: weights and gradients of logits, both
+// exactly 0 where a pair is not seen. Adds the gradients of fractional gates to the sums of their keys, and leaves the
+// sums of queries, as reduce() does, of 32 after 32.
 template <typename Traits, Gates kGates>
-__device__ __forceinline__ void differentiate(float (&weights)[Traits::kRows / 2], float (&grads)[Traits::kRows / 2],
-                                              float (&key_sums)[2], float (&query_sums)[Traits::kRows / 4],
+__device__ __forceinline__ void differentiate(const float (&weights)[Traits::kRows / 2],
+                                              const float (&grads)[Traits::kRows / 2], float (&key_sums)[2],
+                                              float (&query_sums)[Traits::kRows / 32],
+                                              uint32_t (&weight_factor)[Traits::kRows / 16][4],
+                                              uint32_t (&grad_factor)[Traits::kRows / 16][4],
                                               const TileRows<Traits::kRows>& rows, const KeyState& keys,
                                               int32_t first_position, int32_t window) {
+  constexpr bool kSums = kGates == Gates::kSoft || kGates == Gates::kEntering || kGates == Gates::kHard;
+  float sums[8];
   const int column = 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int j = 0; j < Traits::kRows / 8; ++j) {
@@ -48,12 +74,12 @@ __device__ __forceinline__ void differentiate(float (&weights)[Traits::kRows / 2
     const float2 delta = *reinterpret_cast<const float2*>(&rows.delta[c]);
     const float2 threshold = *reinterpret_cast<const float2*>(&rows.threshold[c]);
     const float2 soft_threshold = *reinterpret_cast<const float2*>(&rows.soft_threshold[c]);
-    query_sums[2 * j] = query_sums[2 * j + 1] = 0.0f;
+    float weight[4], grad[4];
+    sums[2 * (j % 4)] = sums[2 * (j % 4) + 1] = 0.0f;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int h = e / 2;
-      float &weight = weights[4 * j + e], &grad = grads[4 * j + e];
-      float ungated = weight, change = grad - (e % 2 ? delta.y : delta.x), gate = 1.0f;
+      float ungated = weights[4 * j + e], change = grads[4 * j + e] - (e % 2 ? delta.y : delta.x), gate = 1.0f;
       bool seen = true;
       if constexpr (kGates == Gates::kWindow) {
         const int32_t position = first_position + c + e % 2;
@@ -70,7 +96,7 @@ __device__ __forceinline__ void differentiate(float (&weights)[Traits::kRows / 2
       if constexpr (kGates != Gates::kOpen) ungated = seen ? ungated : 0.0f;
       if constexpr (Traits::kCareful) change = seen ? change : 0.0f;
       const float grad_gate = ungated * change;
-      if constexpr (kGates == Gates::kSoft || kGates == Gates::kEntering || kGates == Gates::kHard) {
+      if constexpr (kSums) {
         bool fractional = gate < 1.0f;
         if constexpr (kGates == Gates::kHard) {
           const float above = keys.soft_score[h] - (e % 2 ? soft_threshold.y : soft_threshold.x);
@@ -78,35 +104,18 @@ __device__ __forceinline__ void differentiate(float (&weights)[Traits::kRows / 2
         }
         const float sum = fractional ? grad_gate : 0.0f;
         key_sums[h] += sum;
-        query_sums[2 * j + e % 2] += sum;
+        sums[2 * (j % 4) + e % 2] += sum;
       }
-      weight = gate * ungated;
-      grad = gate * grad_gate;
+      weight[e] = gate * ungated;
+      grad[e] = gate * grad_gate;
     }
-  }
-}
-
-// Sums over the eight lanes that hold the same queries. Leaves those of kRows / 32 queries in each lane, pairs 2 i and
-// 2 i + 1 being those at 8 first_of_sums + 8 i + 2 (lane % 4).
-template <int kRows>
-__device__ __forceinline__ void reduce(float (&sums)[kRows / 4]) {
-  int count = kRows / 4;
 #pragma unroll
-  for (int mask = 16; mask >= 4; mask /= 2) {
-    const bool high = threadIdx.x & mask;
-    count /= 2;
-#pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      if (i >= count) break;
-      const float give = high ? sums[i] : sums[i + count], keep = high ? sums[i + count] : sums[i];
-      sums[i] = keep + __shfl_xor_sync(~0u, give, mask);
+    for (int h = 0; h < 2; ++h) {  // columns of a left factor share registers in pairs
+      weight_factor[j / 2][j % 2 * 2 + h] = pack<typename Traits::Element>(weight[2 * h], weight[2 * h + 1]);
+      grad_factor[j / 2][j % 2 * 2 + h] = pack<typename Traits::Element>(grad[2 * h], grad[2 * h + 1]);
     }
+    if (j % 4 == 3) query_sums[j / 4] = kSums ? reduce(sums) : 0.0f;
   }
-}
-template <int kRows>
-__device__ __forceinline__ int first_of_sums() {
-  const int lane = threadIdx.x % 32;
-  return (lane >> 4 & 1) * (kRows / 16) + (lane >> 3 & 1) * (kRows / 32) + (lane >> 2 & 1) * (kRows / 64);
 }
 
 }  // namespace sparsek::cuda::sm90

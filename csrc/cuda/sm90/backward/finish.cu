@@ -14,27 +14,20 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kCountThreads = 1024;
 
-__device__ int32_t units_of_run(const BackwardArguments& a, int64_t run, int64_t group) {
-  const AttentionParams<float>& p = a.params;
-  int64_t count = a.plan.head[run * p.groups + group].count;
-  if (count == kDense) {
-    const int64_t s = p.sequences.find(p.sequences.cu_k, p.keys, a.plan.runs, run);
-    const int64_t r = run - p.sequences.first_item(p.sequences.cu_k, p.keys, a.plan.runs, s);
-    const int64_t end = min((r + 1) * a.plan.runs.size, static_cast<int64_t>(p.sequences.at(s).keys));
-    count = max(end - p.pattern.window, int64_t{0});
-  }
-  return static_cast<int32_t>((count + kKeys - 1) / kKeys);
-}
-
-// One CTA: running sums over the runs, the last one first.
-__global__ void __launch_bounds__(kCountThreads) count_units(const __grid_constant__ BackwardArguments a) {
+// One CTA: running sums over the runs, the last one first, and their packs of groups. All groups of a pack have room
+// for as many units.
+__global__ void __launch_bounds__(kCountThreads) find_units(const __grid_constant__ BackwardArguments a) {
   __shared__ int32_t warp_totals[kCountThreads / 32];
-  const int64_t groups = a.params.groups, total = a.num_runs * groups;
+  const int64_t groups = a.params.groups, packs = (groups + kPack - 1) / kPack, total = a.num_runs * packs;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   int32_t before = 0;
   for (int64_t base = 0; base < total; base += kCountThreads) {
     const int64_t i = base + threadIdx.x;
-    const int32_t mine = i < total ? units_of_run(a, a.num_runs - 1 - i / groups, i % groups) : 0;
+    const int64_t first = i % packs * kPack, end = min(first + kPack, groups);
+    int32_t mine = 0;
+    for (int64_t group = first; i < total && group < end; ++group)
+      mine = max(mine, count_units(a, a.num_runs - 1 - i / packs, group));
+    mine *= static_cast<int32_t>(end - first);
     int32_t through = mine;
     for (int offset = 1; offset < 32; offset *= 2) {
       const int32_t other = __shfl_up_sync(~0u, through, offset);
@@ -192,7 +185,7 @@ void launch_finish_of(const BackwardArguments& a, int multiprocessors, cudaStrea
 }  // namespace
 
 void launch_count(const BackwardArguments& arguments, cudaStream_t stream) {
-  launch("count_units", count_units, 1, kCountThreads, 0, stream, arguments);
+  launch("find_units", find_units, 1, kCountThreads, 0, stream, arguments);
 }
 
 void launch_finish(const BackwardArguments& arguments, bool careful, int multiprocessors, cudaStream_t stream) {

@@ -29,13 +29,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward(const __grid_con
       barrier_init(shared.unit_full[i], 1);
       barrier_init(shared.unit_empty[i], kConsumerWarps + 3);
     }
-    barrier_init(shared.key_full, 32);
-    barrier_init(shared.value_full, 32);
+    barrier_init(shared.unit_wanted, 1);
+    barrier_init(shared.key_full, 1);
+    barrier_init(shared.value_full, 1);
     barrier_init(shared.keys_empty, kConsumerWarps);
-    for (int i = 0; i < Traits::kStages; ++i) {
-      barrier_init(shared.query_full[i], 32 + 1);
+    for (int i = 0; i < Traits::kQueryStages; ++i) {
+      barrier_init(shared.query_full[i], 1);
       barrier_init(shared.query_empty[i], kConsumerWarps);
-      barrier_init(shared.grad_full[i], 32);
+    }
+    for (int i = 0; i < Traits::kGradStages; ++i) {
+      barrier_init(shared.grad_full[i], 1);
       barrier_init(shared.grad_empty[i], kConsumerWarps);
     }
     barrier_init(shared.sums_full, kConsumerWarps);

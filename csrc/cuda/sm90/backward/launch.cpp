@@ -40,6 +40,7 @@ void run_backward_sm90(const BackwardParams<float>& params, const Plan& plan, co
                "cudaMemsetAsync");
 
   // Both passes count for themselves.
+  // First units need no more room than one for each list.
   const int64_t lists = arguments.num_runs * params.groups, per_pass = 2 + lists + 2 * tiles;
   const Tensor counters =
       make_zeros(reference, {2 * per_pass + params.batch * params.groups + 1 + lists + 1}, ScalarType::Int);

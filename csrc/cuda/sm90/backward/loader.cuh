@@ -1,7 +1,8 @@
 // A loader: a warp that brings rows to shared memory, either those of keys and queries, or those of values and of the
-// gradients of outputs.
+// gradients of outputs, the latter with what the consumers must know of the queries.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "cuda/sm90/backward/traits.cuh"
@@ -18,23 +19,42 @@ class Loader {
       : p_(a.params), s_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ void run() {
+    constexpr int kStages = kGrads ? Traits::kGradStages : Traits::kQueryStages;
+    constexpr int kAhead = 4;  // tiles before the end of a unit at which the next one is looked up
     Ring<Traits::kUnits> units;
     Ring<1> keys;
-    Ring<Traits::kStages> stage;
+    Ring<kStages> stage;
+    const int32_t heads = static_cast<int32_t>(p_.heads_per_group);
     while (true) {
       barrier_wait(s_.unit_full[units.place], units.phase);
       const Unit& unit = s_.units[units.place];
       if (unit.done) return;
       barrier_wait(s_.keys_empty, keys.phase ^ 1);
       load_keys(unit);
-      barrier_arrive_after_copies(kGrads ? s_.value_full : s_.key_full);
+      arrive(kGrads ? s_.value_full : s_.key_full);
       keys.advance();
-      for_each_tile_of(unit, static_cast<int32_t>(p_.heads_per_group), [&](int32_t head, int32_t tile) {
-        barrier_wait((kGrads ? s_.grad_empty : s_.query_empty)[stage.place], stage.phase ^ 1);
-        load_tile(unit, head, tile, stage.place);
-        barrier_arrive_after_copies((kGrads ? s_.grad_full : s_.query_full)[stage.place]);
+      bool asked = false;
+      const auto ask = [&] {
+        if (kGrads || asked) return;
+        if (lane_ == 0) barrier_arrive(s_.unit_wanted);
+        asked = true;
+      };
+      for_each_tile_of(unit, heads, [&](int32_t head, int32_t tile) {
+        if (head + 1 == heads && tile + kAhead >= unit.end_tile) ask();
+        if constexpr (kGrads) {
+          const RowsOfLane rows = load_rows(unit, head, tile);
+          barrier_wait(s_.grad_empty[stage.place], stage.phase ^ 1);
+          load_tile(unit, head, tile, stage.place);
+          store_rows(unit, tile, rows, s_.rows[stage.place]);
+          arrive(s_.grad_full[stage.place]);
+        } else {
+          barrier_wait(s_.query_empty[stage.place], stage.phase ^ 1);
+          load_tile(unit, head, tile, stage.place);
+          arrive(s_.query_full[stage.place]);
+        }
         stage.advance();
       });
+      ask();
       __syncwarp();
       if (lane_ == 0) barrier_arrive(s_.unit_empty[units.place]);
       units.advance();
@@ -43,6 +63,57 @@ class Loader {
 
  private:
   static constexpr int kChunks = Traits::kWidth / 8, kStep = 32 / kChunks;
+  static constexpr int kRowsOfLane = Traits::kRows / 32;
+  static constexpr float kLog2e = 1.4426950408889634f;
+  struct RowsOfLane {
+    float lse[kRowsOfLane], delta[kRowsOfLane], threshold[kRowsOfLane];
+  };
+
+  // Once what this warp has copied is there, for the tensor cores too, which read through another proxy. Nothing else
+  // is to be done meanwhile, and consumers need not order what they see.
+  __device__ void arrive(uint64_t& barrier) const {
+    wait_copies();
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_ == 0) barrier_arrive(barrier);
+  }
+
+  __device__ RowsOfLane load_rows(const Unit& unit, int32_t head, int32_t tile) const {
+    RowsOfLane rows;
+#pragma unroll
+    for (int n = 0; n < kRowsOfLane; ++n) {
+      const int32_t position = tile * Traits::kRows + lane_ + 32 * n;
+      rows.lse[n] = INFINITY;
+      rows.delta[n] = 0.0f;
+      rows.threshold[n] = NAN;
+      if (position < unit.first_query || position >= unit.end_query) continue;
+      const int64_t row = unit.lse_row + head * p_.queries + position;
+      rows.lse[n] = p_.lse[row] * kLog2e;
+      rows.delta[n] = p_.delta[row];
+      rows.threshold[n] = p_.threshold[unit.threshold_row + position];
+    }
+    return rows;
+  }
+
+  __device__ void store_rows(const Unit& unit, int32_t tile, const RowsOfLane& from,
+                             TileRows<Traits::kRows>& rows) const {
+    const Pattern& pattern = p_.pattern;
+#pragma unroll
+    for (int n = 0; n < kRowsOfLane; ++n) {
+      const int r = lane_ + 32 * n;
+      const float threshold = from.threshold[n];
+      float gates_by = fminf(threshold, FLT_MAX);  // pinned keys have gate 1 also where they take all of k
+      if (threshold != threshold) {
+        gates_by = NAN;
+      } else if (pattern.hard) {
+        gates_by = pattern.causal ? static_cast<float>(tile * Traits::kRows + r - unit.view.begin) : 0.0f;
+      }
+      rows.lse[r] = from.lse[n];
+      rows.delta[r] = from.delta[n];
+      rows.threshold[r] = gates_by;
+      rows.soft_threshold[r] = threshold;
+    }
+  }
 
   __device__ void load_keys(const Unit& unit) const {
     const Rows& source = kGrads ? p_.value : p_.key;

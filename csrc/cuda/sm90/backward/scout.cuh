@@ -1,4 +1,4 @@
-// The scout: a warp that looks up each unit of keys, and what the consumers must know of the queries of its tiles.
+// The scout: a warp that looks up each unit of keys.
 #pragma once
 
 #include <cfloat>
@@ -17,6 +17,7 @@ class Scout {
 
   __device__ void run() {
     Ring<Traits::kUnits> units;
+    Ring<1> wanted;
     while (true) {
       barrier_wait(s_.unit_empty[units.place], units.phase ^ 1);
       Unit& unit = s_.units[units.place];
@@ -25,21 +26,22 @@ class Scout {
       __syncwarp();
       if (lane_ == 0) barrier_arrive(s_.unit_full[units.place]);
       if (!found) return;
-      describe_rows(unit);
       units.advance();
+      // Not earlier: others might wait for this unit.
+      barrier_wait(s_.unit_wanted, wanted.phase);
+      wanted.advance();
     }
   }
 
  private:
   static constexpr int kSlotsOfLane = kKeys / 32;
-  static constexpr float kLog2e = 1.4426950408889634f;
 
   __device__ bool find(Unit& unit) {
     while (true) {
       int32_t ticket = 0;
       if (lane_ == 0) ticket = atomicAdd(a_.ticket, 1);
       ticket = __shfl_sync(~0u, ticket, 0);
-      const int64_t most = a_.windows ? a_.num_blocks * p_.groups : a_.first_unit[a_.num_runs * p_.groups];
+      const int64_t most = a_.windows ? a_.num_blocks * p_.groups : a_.first_unit[a_.num_runs * packs()];
       if (ticket >= most) return false;
       // All lanes write the same.
       unit.windows = a_.windows;
@@ -57,6 +59,8 @@ class Scout {
       return true;
     }
   }
+
+  __device__ int64_t packs() const { return (p_.groups + kPack - 1) / kPack; }
 
   // What follows from the sequence and the group. Later units come first: then those that start at later tiles are done
   // with these when the others arrive there.
@@ -79,7 +83,7 @@ class Scout {
     const int64_t item = a_.num_blocks - 1 - divide(ticket, p_.groups);
     const int64_t s = p_.sequences.find(p_.sequences.cu_k, p_.keys, kBlocks, item);
     const int64_t block = item - p_.sequences.first_item(p_.sequences.cu_k, p_.keys, kBlocks, s);
-    place(unit, s, ticket % p_.groups);
+    place(unit, s, static_cast<uint32_t>(ticket) % static_cast<uint32_t>(p_.groups));
     const int32_t keys = unit.sequence.keys;
     if (block * kKeys >= keys) return false;
     unit.number = static_cast<int32_t>(block);
@@ -104,16 +108,18 @@ class Scout {
   }
 
   __device__ bool find_list(Unit& unit, int32_t ticket) const {
-    // The last run that begins no later than the ticket.
-    int64_t low = 0, high = a_.num_runs * p_.groups;
+    // The last pack that begins no later than the ticket.
+    int64_t low = 0, high = a_.num_runs * packs();
     while (high - low > 1) {
       const int64_t step = (high - low + 31) / 32, at = low + (lane_ + 1) * step;
       const int64_t before = __popc(__ballot_sync(~0u, at < high && a_.first_unit[at] <= ticket));
       high = min(low + (before + 1) * step, high);
       low += before * step;
     }
-    const int64_t group = low % p_.groups;
-    unit.run = a_.num_runs - 1 - divide(low, p_.groups);
+    const uint32_t run = divide(low, packs()), first = (low - run * packs()) * kPack;
+    const uint32_t size = min(static_cast<int64_t>(kPack), p_.groups - first);
+    const uint32_t index = ticket - a_.first_unit[low], position = index / size, group = first + index % size;
+    unit.run = a_.num_runs - 1 - run;
     const int64_t s = p_.sequences.find(p_.sequences.cu_k, p_.keys, a_.plan.runs, unit.run);
     const int64_t r = unit.run - p_.sequences.first_item(p_.sequences.cu_k, p_.keys, a_.plan.runs, s);
     place(unit, s, group);
@@ -124,12 +130,12 @@ class Scout {
     unit.view = find_run(p_, a_.plan, sequence, s, group, static_cast<int32_t>(begin));
     if (!causal) unit.view.entering = unit.view.count;
     unit.count = (unit.view.count + kKeys - 1) / kKeys;
-    unit.number = unit.count - 1 - (ticket - a_.first_unit[low]);
+    unit.number = unit.count - 1 - static_cast<int32_t>(position);
+    if (unit.number < 0) return false;
     unit.first_query = causal ? max(static_cast<int32_t>(begin), max(sequence.shift(), 0)) : 0;
     unit.end_query = static_cast<int32_t>(end);
     const bool follows = causal && end < sequence.keys;
-    const int32_t* first_unit = a_.first_unit + low - p_.groups;
-    unit.units_before = follows ? first_unit[1] - first_unit[0] : 0;
+    unit.units_before = follows ? count_units(a_, unit.run + 1, group) : 0;
     return true;
   }
 
@@ -165,50 +171,10 @@ class Scout {
     return expiry <= unit.end_query || unit.end_query == unit.sequence.keys ? kStore : kAdd;
   }
 
-  __device__ void describe_rows(const Unit& unit) {
-    constexpr int kRowsOfLane = Traits::kRows / 32;
-    const Pattern& pattern = p_.pattern;
-    for_each_tile_of(unit, static_cast<int32_t>(p_.heads_per_group), [&](int32_t head, int32_t tile) {
-      float lse[kRowsOfLane], delta[kRowsOfLane], threshold[kRowsOfLane];
-#pragma unroll
-      for (int n = 0; n < kRowsOfLane; ++n) {
-        const int32_t position = tile * Traits::kRows + lane_ + 32 * n;
-        lse[n] = INFINITY;
-        delta[n] = 0.0f;
-        threshold[n] = NAN;
-        if (position < unit.first_query || position >= unit.end_query) continue;
-        const int64_t row = unit.lse_row + head * p_.queries + position;
-        lse[n] = p_.lse[row] * kLog2e;
-        delta[n] = p_.delta[row];
-        threshold[n] = p_.threshold[unit.threshold_row + position];
-      }
-      barrier_wait(s_.query_empty[stage_.place], stage_.phase ^ 1);
-      TileRows<Traits::kRows>& rows = s_.rows[stage_.place];
-#pragma unroll
-      for (int n = 0; n < kRowsOfLane; ++n) {
-        const int r = lane_ + 32 * n;
-        float gates_by = fminf(threshold[n], FLT_MAX);  // pinned keys have gate 1 also where they take all of k
-        if (threshold[n] != threshold[n]) {
-          gates_by = NAN;
-        } else if (pattern.hard) {
-          gates_by = pattern.causal ? static_cast<float>(tile * Traits::kRows + r - unit.view.begin) : 0.0f;
-        }
-        rows.lse[r] = lse[n];
-        rows.delta[r] = delta[n];
-        rows.threshold[r] = gates_by;
-        rows.soft_threshold[r] = threshold[n];
-      }
-      __syncwarp();
-      if (lane_ == 0) barrier_arrive(s_.query_full[stage_.place]);
-      stage_.advance();
-    });
-  }
-
   const BackwardArguments& a_;
   const BackwardParams<float>& p_;
   typename Traits::Shared& s_;
   const int lane_;
-  Ring<Traits::kStages> stage_;
 };
 
 }  // namespace sparsek::cuda::sm90

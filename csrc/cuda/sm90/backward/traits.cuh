@@ -17,6 +17,9 @@ constexpr int tile_floats(int width) { return kTileSums + kPartialSums * tile_ro
 // How the gradient of a key enters the sums of the units before.
 enum Mode : uint8_t { kSkip, kStore, kAdd };
 
+// Units of neighbouring groups are begun in turn, so that those of one group are not all at the same tile at once.
+constexpr int kPack = 8;
+
 // What all must know of a unit of keys.
 struct alignas(16) Unit {
   Sequence sequence;
@@ -72,12 +75,15 @@ struct BackwardTraits {
   static constexpr int kWidth = kWidth_;  // K and Kv, padded
   static constexpr bool kCareful = kCareful_;
   static constexpr int kRows = tile_rows(kWidth);  // of a query tile
-  static constexpr int kStages = kCareful ? 1 : 2;
+  static constexpr int kQueryStages = kCareful ? 1 : 2;
+  static constexpr int kGradStages = kCareful ? 1 : 2;  // of gradients of outputs
   static constexpr int kFactors = kCareful ? 1 : 2;
   static constexpr int kUnits = 2;  // one is looked up while another is worked on
   static constexpr int kThreads = 384;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
+  // A CTA begins with 168 for each of its threads: consumers would wait forever for more than producers give back.
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
   static constexpr int kConsumerWarps = 8;
 
   using Clean = CleanTiles<Element, kWidth, kRows, kCareful>;
@@ -86,16 +92,17 @@ struct BackwardTraits {
   struct Shared : Clean {
     alignas(1024) Element key[kWidth / 64][kKeys][64];
     alignas(1024) Element value[kWidth / 64][kKeys][64];
-    alignas(1024) Element query[kStages][kWidth / 64][kRows][64];
-    alignas(1024) Element grad[kStages][kWidth / 64][kRows][64];
+    alignas(1024) Element query[kQueryStages][kWidth / 64][kRows][64];
+    alignas(1024) Element grad[kGradStages][kWidth / 64][kRows][64];
     alignas(1024) Element factor[kFactors][kRows / 64][kKeys][64];  // gradients of logits, transposed
     alignas(1024) float sums[tile_floats(kWidth)];
     Unit units[kUnits];
-    TileRows<kRows> rows[kStages];
+    TileRows<kRows> rows[kGradStages];
     uint64_t unit_full[kUnits], unit_empty[kUnits];
+    uint64_t unit_wanted;  // the end of the last one is near
     uint64_t key_full, value_full, keys_empty;
-    uint64_t query_full[kStages], query_empty[kStages];
-    uint64_t grad_full[kStages], grad_empty[kStages];
+    uint64_t query_full[kQueryStages], query_empty[kQueryStages];
+    uint64_t grad_full[kGradStages], grad_empty[kGradStages];
     uint64_t sums_full, sums_empty;
   };
   static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
@@ -114,6 +121,19 @@ struct Ring {
     if (++place == kPlaces) place = 0, phase ^= 1;
   }
 };
+
+// How many units a run's list has.
+__device__ inline int32_t count_units(const BackwardArguments& a, int64_t run, int64_t group) {
+  const AttentionParams<float>& p = a.params;
+  int64_t count = a.plan.head[run * p.groups + group].count;
+  if (count == kDense) {
+    const int64_t s = p.sequences.find(p.sequences.cu_k, p.keys, a.plan.runs, run);
+    const int64_t r = run - p.sequences.first_item(p.sequences.cu_k, p.keys, a.plan.runs, s);
+    const int64_t end = min((r + 1) * a.plan.runs.size, static_cast<int64_t>(p.sequences.at(s).keys));
+    count = max(end - p.pattern.window, int64_t{0});
+  }
+  return static_cast<int32_t>((count + kKeys - 1) / kKeys);
+}
 
 // The tiles that may see a key of a unit.
 struct TileRange {
