@@ -93,11 +93,11 @@ def test_dtypes(dtype: torch.dtype, device: torch.device, op: tuple | None) -> N
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"width": 128, "value_width": 64, "window": 20}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backward", [SM80[1], SIMT[1]], ids=lambda op: op.NAME)
+@pytest.mark.parametrize("backward", [SM90[1], SM80[1], SIMT[1]], ids=lambda op: op.NAME)
 @pytest.mark.parametrize("forward", [SM90[0], SM80[0], SIMT[0]], ids=lambda op: op.NAME)
 def test_kernels(forward: type, backward: type, dtype: torch.dtype, options: dict) -> None:
     """Every forward kernel with every backward kernel."""
-    if torch.cuda.get_device_capability() != (9, 0) and forward is SM90[0]:
+    if torch.cuda.get_device_capability() != (9, 0) and (forward is SM90[0] or backward is SM90[1]):
         pytest.skip("needs compute capability 9.0")
     case = make(device="cuda", dtype=dtype, ratio=2, is_5d=True, expanded=True, queries=150, keys=300, k=40, **options)
     check(case, lambda case: attend(case, (forward, backward)))
