@@ -1,4 +1,5 @@
 // delta = rowsum(grad_out * out) - grad_lse, one warp per query and head.
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/backward/params.h"
@@ -47,7 +48,9 @@ __global__ void __launch_bounds__(32 * kWarps) find_delta_16(const __grid_consta
   if (chunk * 8 < p.value.width) {
     const uint4 out = __ldg(reinterpret_cast<const uint4*>(p.out.row(batch, query, head)) + chunk);
     const uint4 grad = __ldg(reinterpret_cast<const uint4*>(p.grad_out.row(batch, query, head)) + chunk);
-    const Element *x = reinterpret_cast<const Element*>(&out), *y = reinterpret_cast<const Element*>(&grad);
+    Element x[8], y[8];
+    memcpy(x, &out, sizeof(x));
+    memcpy(y, &grad, sizeof(y));
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = fmaf(static_cast<float>(x[i]), static_cast<float>(y[i]), sum);
   }
