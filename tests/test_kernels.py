@@ -17,7 +17,7 @@ ALIGNED = ("contiguous", "transposed", "fused", "shared batch", "shared heads")
 WIDTHS = st.sampled_from([8, 16, 40, 64, 64, 72, 96, 128, 128])
 WIDE = st.sampled_from([136, 160, 192, 256])
 #: Kernels of forward and backward; a name that the GPU cannot run is skipped.
-KERNELS = (("sm90", "sm80"), ("sm80", "sm80"), ("sm80", "simt"), ("simt", "sm80"))
+KERNELS = (("sm90", "sm90"), ("sm90", "sm80"), ("sm80", "sm80"), ("sm80", "simt"), ("simt", "sm80"))
 
 pytestmark = pytest.mark.cuda
 

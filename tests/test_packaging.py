@@ -254,6 +254,27 @@ def test_broken_library(name: str, tmp_path: pathlib.Path) -> None:
         assert f"does not load under PyTorch {torch.__version__}" in line
 
 
+def test_older_cuda_library(installed: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """It loads, but lacks an operator that Python asks for: the CPU's operators work, and the reason is told."""
+    shutil.copytree(
+        installed / "xformers_sparsek", tmp_path / "xformers_sparsek", ignore=shutil.ignore_patterns("*cuda.so")
+    )
+    library = tmp_path / "xformers_sparsek" / CUDA_LIBRARY
+    (tmp_path / "older.c").write_text("int older;")
+    run(os.environ.get("CC", "gcc"), "-shared", "-fPIC", tmp_path / "older.c", "-o", library)
+    program = """
+    import torch
+    torch.version.cuda = torch.version.cuda or "13.0"
+    import xformers_sparsek as p
+    print(p.__file__)
+    print(p._library.UNAVAILABLE["cpu"], p._library.UNAVAILABLE["cuda"], p._library.ARCHITECTURES)
+    """
+    where, told = run(sys.executable, "-c", textwrap.dedent(program), cwd=tmp_path, PYTHONPATH=tmp_path).splitlines()
+    assert where.startswith(str(tmp_path))
+    assert told.startswith(f"None {library} is older than this Python code. Reinstall with `pip install")
+    assert told.endswith(" ()")
+
+
 def test_library_for_a_newer_torch(tmp_path: pathlib.Path) -> None:
     """Built against headers that call what this PyTorch does not have."""
     source = tmp_path / "newer.c"

@@ -203,7 +203,7 @@ class Calls(TorchDispatchMode):
 
 
 FORWARD = [None, SM90[0], SM80[0], SIMT[0]]
-BACKWARD = [None, SM80[1], SIMT[1]]
+BACKWARD = [None, SM90[1], SM80[1], SIMT[1]]
 
 
 def kernel_of(op: type | None) -> str | None:
@@ -238,7 +238,7 @@ def test_chosen_kernels_run_without_autograd(named: tuple | None, is_5d: bool, o
         fmha.memory_efficient_attention_partial(*qkv, bias, op=forward)
         out, lse = xops.memory_efficient_attention_forward_requires_grad(*qkv, bias, op=forward)
         xops.memory_efficient_attention_backward(out, out, lse, *qkv, bias, op=backward)
-    expected = kernel_of(forward or SM90[0]), kernel_of(backward or SM80[1])
+    expected = kernel_of(forward or SM90[0]), kernel_of(backward or SM90[1])
     assert calls.made == 3 * [("forward", expected[0])] + [("backward", expected[1])]
 
 

@@ -53,7 +53,11 @@ def _load_cuda() -> str | None:
         return UNAVAILABLE["cpu"]
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} was built without CUDA"
-    return _load("libsparsek_cuda.so", needs=" and nvcc")
+    name, needs = "libsparsek_cuda.so", " and nvcc"
+    missing = _load(name, needs)
+    if missing is None and not hasattr(torch.ops.xformers_sparsek, "cuda_architectures"):
+        return f"{_FOLDER / name} is older than this Python code. {_REMEDY.format(needs)}"
+    return missing
 
 
 #: Why the operators of a device type cannot run, or None where they can.

@@ -306,7 +306,7 @@ if MISSING is None:
             return [f"{name} has width {width}, not a multiple of 8" for name, width in widths.items() if width % 8]
 
     class Sm90(Sm80):
-        """Hopper's tensor cores, by wgmma: forward only."""
+        """Hopper's tensor cores, by wgmma."""
 
         KERNEL = "sm90"
         SUPPORTED_MAX_K = 128
@@ -348,8 +348,7 @@ if MISSING is None:
         forward = type(f"{kernel.__name__}FwOp", (kernel, _Forward), {"NAME": f"sparsekF-{name}"})
         return forward, type(f"{kernel.__name__}BwOp", (kernel, _Backward), {"NAME": f"sparsekB-{name}"})
 
-    SM80, SIMT, CPU = (_operators(kernel) for kernel in (Sm80, Simt, Cpu))
-    SM90 = (_operators(Sm90)[0], SM80[1])
+    SM90, SM80, SIMT, CPU = (_operators(kernel) for kernel in (Sm90, Sm80, Simt, Cpu))
     # Best first: the first one that supports the inputs is taken. `choose_kernel` of csrc/cuda/common/kernels.cpp goes
     # by the same order and conditions, so that what xFormers reports is what runs.
     OPERATORS = (SM90, SM80, SIMT, CPU)

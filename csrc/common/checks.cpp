@@ -11,6 +11,15 @@ Pattern make_pattern(int64_t window, bool causal, bool hard) {
   return {std::min<int64_t>(window, kNever), causal, hard};
 }
 
+SelectShape check_select(const Tensor& scores, int64_t num_queries, int64_t num_keys) {
+  check_sizes("scores", scores, {-1, -1, -1});
+  STD_TORCH_CHECK(is_supported(scores.scalar_type()), "scores must be float64, float32, bfloat16 or float16");
+  STD_TORCH_CHECK(num_queries >= 0 && num_keys >= 1, "select needs num_queries >= 0 and num_keys >= 1, got ",
+                  num_queries, " and ", num_keys);
+  STD_TORCH_CHECK(std::max(scores.size(1), num_queries) < kNever, "sequences must be shorter than 2^31 - 1");
+  return {scores.size(0), scores.size(1), scores.size(2), scores.scalar_type() == ScalarType::Double};
+}
+
 AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& scores,
                                const Tensor& threshold, const Tensor& expiry) {
   check_sizes("query", query, {-1, -1, -1, -1});

@@ -1,4 +1,4 @@
-// Checks that the forward and the backward operator share. Python names all reasons at once before it comes here; these
+// Checks that the operators share on all devices. Python names all reasons at once before it comes here; these
 // keep a direct call of the operators from reading or writing out of bounds.
 #pragma once
 
@@ -11,6 +11,13 @@ namespace sparsek {
 
 // Throws for a negative window, or one that is not causal.
 Pattern make_pattern(int64_t window, bool causal, bool hard);
+
+struct SelectShape {
+  int64_t batch, keys, groups;
+  bool wide;  // float64
+};
+
+SelectShape check_select(const Tensor& scores, int64_t num_queries, int64_t num_keys);
 
 struct AttentionShape {
   int64_t batch, queries, keys, heads, groups;

@@ -13,19 +13,28 @@
 #include "cuda/common/tensor.h"
 #include "cuda/plan/plan.h"
 #include "cuda/sm80/backward/launch.h"
+#include "cuda/sm90/backward/launch.h"
 
 namespace sparsek::cuda {
 namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+#ifdef SPARSEK_SM90
+constexpr WidestHeads kWidest{kMaxBackwardWidthSm80, kMaxBackwardWidthSm90};
+#else
 constexpr WidestHeads kWidest{kMaxBackwardWidthSm80, 0};
+#endif
 
 template <typename T>
 void run(Kernel kernel, const BackwardParams<T>& params, const Tensor& reference, const OnDeviceOf& device) {
   if constexpr (std::is_same_v<T, float>) {
-    if (kernel == Kernel::kSm80) {
+    if (kernel != Kernel::kSimt) {
       const PlanMemory memory = make_plan(params, kBackwardRunSize, reference, device.stream());
+#ifdef SPARSEK_SM90
+      if (kernel == Kernel::kSm90)
+        return run_backward_sm90(params, memory.plan, reference, device.multiprocessors(), device.stream());
+#endif
       return run_backward_sm80(params, memory.plan, reference, device.stream());
     }
   }

@@ -79,17 +79,11 @@ void run_select(const Tensor& scores, const Sequences& sequences, const Pattern&
 std::tuple<Tensor, Tensor> select(const Tensor& scores, std::optional<Tensor> cu_seqlens_q,
                                   std::optional<Tensor> cu_seqlens_k, int64_t num_queries, int64_t num_keys,
                                   int64_t window, bool causal, bool hard) {
-  check_sizes("scores", scores, {-1, -1, -1});
-  STD_TORCH_CHECK(is_supported(scores.scalar_type()), "scores must be float64, float32, bfloat16 or float16");
-  STD_TORCH_CHECK(num_queries >= 0 && num_keys >= 1, "select needs num_queries >= 0 and num_keys >= 1, got ",
-                  num_queries, " and ", num_keys);
-  const int64_t batch = scores.size(0), keys = scores.size(1), groups = scores.size(2);
-  STD_TORCH_CHECK(std::max(keys, num_queries) < kNever, "sequences must be shorter than 2^31 - 1");
+  const auto [batch, keys, groups, wide] = check_select(scores, num_queries, num_keys);
   const Pattern pattern = make_pattern(window, causal, hard);
   const SequenceLengths lengths = make_sequences(cu_seqlens_q, cu_seqlens_k, scores, batch, num_queries, keys);
   const Sequences& sequences = lengths.sequences;
   const OnDeviceOf device(scores);
-  const bool wide = scores.scalar_type() == ScalarType::Double;
   Tensor threshold = make_empty(scores, {batch, groups, num_queries}, wide ? ScalarType::Double : ScalarType::Float);
   Tensor expiry = make_empty(scores, {batch, groups, keys}, ScalarType::Int);
   // Without sequences there are no rows, if the lengths are right.

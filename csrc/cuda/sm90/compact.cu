@@ -1,8 +1,7 @@
-#include "cuda/sm90/compact.h"
-
 #include <algorithm>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/sm90/compact.h"
 
 namespace sparsek::cuda::sm90 {
 namespace {
@@ -10,8 +9,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kAllocators = 1024;
 
-// Gives lists their units, the last ones first: runs late in a sequence list the fewest rows for the pairs they see. One
-// CTA.
+// Gives lists their units, the last ones first: runs late in a sequence list the fewest rows for the pairs they see.
+// One CTA.
 __global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* head, int64_t lists, Compact compact) {
   __shared__ int64_t totals[kAllocators / 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -98,8 +97,8 @@ CompactMemory make_compact(const AttentionParams<float>& params, const Plan& pla
   compact.units = room / kUnit;
   if (compact.units == 0 || lists == 0) return {};
   const int64_t bytes = compact.units * kUnit * width * 2;
-  const Tensor workspace =
-      make_empty(reference, {2 * bytes + (compact.units + lists) * static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Byte);
+  const Tensor workspace = make_empty(
+      reference, {2 * bytes + (compact.units + lists) * static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Byte);
   compact.key = static_cast<char*>(workspace.mutable_data_ptr());
   compact.value = compact.key + bytes;
   compact.first_unit = reinterpret_cast<int32_t*>(compact.value + bytes);

@@ -1,5 +1,6 @@
-// Copies of the rows that the lists of a plan name, in their order and as wgmma reads them: a unit of a list is then one
-// block of memory, which one instruction brings. Lists that find no room have no copies, and are gathered row by row.
+// Copies of the rows that the lists of a plan name, in their order and as wgmma reads them: a unit of a list is then
+// one block of memory, which one instruction brings. Lists that find no room have no copies, and are gathered row by
+// row.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,9 +18,9 @@ constexpr int kUnit = kBlock;  // slots
 struct Compact {
   int32_t* first_unit;  // [runs, G]: of a list's copies, or -1 where there are none; null: no list has any
   int32_t* owner;       // [units]: the list that a unit belongs to, or -1
-  char* key;            // [units][width / 64][kUnit][64 elements], in the 128-byte swizzle, zeros where there is no slot
-  char* value;          // the same of the values
-  int64_t units;        // there is room for
+  char* key;      // [units][width / 64][kUnit][64 elements], in the 128-byte swizzle, zeros where there is no slot
+  char* value;    // the same of the values
+  int64_t units;  // there is room for
 };
 
 struct CompactMemory {
@@ -27,8 +28,8 @@ struct CompactMemory {
   Tensor workspace;
 };
 
-// Of 16-bit keys and values whose rows are aligned to 16 bytes, padded to `width` columns, 64 or 128. `readers`: how many
-// tiles of queries read a list; for few of them none is copied.
+// Of 16-bit keys and values whose rows are aligned to 16 bytes, padded to `width` columns, 64 or 128. `readers`: how
+// many tiles of queries read a list; for few of them none is copied.
 CompactMemory make_compact(const AttentionParams<float>& params, const Plan& plan, int width, int64_t readers,
                            const Tensor& reference, cudaStream_t stream);
 

@@ -9,7 +9,8 @@
 
 namespace sparsek::cuda::sm90 {
 
-// Warpgroups that attend, with 64 rows of a tile each: as many as registers allow, for a warp alone waits most of the time.
+// Warpgroups that attend, with 64 rows of a tile each: as many as registers allow, for a warp alone waits most of the
+// time.
 constexpr int kForwardConsumers = 3;
 
 struct ForwardArguments {

@@ -174,10 +174,9 @@ class Consumer {
 
   // out += weights values, asynchronously.
   __device__ void multiply_values(uint32_t (&weights)[4][4], Sums& out) const {
-    const uint64_t value =
-        matrix_descriptor(shared_address(s_.value[value_stage_]), Traits::kSlots * 128);
+    const uint64_t value = matrix_descriptor(shared_address(s_.value[value_stage_]), Traits::kSlots * 128);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(value, k * 16 * 128), true);
+    for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(value, k * 16 * 128));
   }
 
   // Rows that give weight to a value that was not finite become NaN.
@@ -187,8 +186,7 @@ class Consumer {
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint8_t* poisoned =
-              &s_.poisoned[value_stage_][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
+          const uint8_t* poisoned = &s_.poisoned[value_stage_][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
           const bool low = poisoned[0] && (weights[k][i] & 0x7fff) != 0;
           const bool high = poisoned[1] && (weights[k][i] >> 16 & 0x7fff) != 0;
           if (low || high) state.poisoned[i % 2] = true;
@@ -205,8 +203,7 @@ class Consumer {
   }
 
   // Divides by the sum, and stores the LSE. Returns whether all of the row is finite, or no product is to blame.
-  __device__ bool normalize(const typename Traits::Row& row, int h, const RowState& state,
-                            Sums& out) const {
+  __device__ bool normalize(const typename Traits::Row& row, int h, const RowState& state, Sums& out) const {
     const float sum = reduce_sum(state.sum[h]);
     const bool is_nan = row.threshold != row.threshold;
     bool poisoned = is_nan;
@@ -249,9 +246,9 @@ class Consumer {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < Traits::kValueWidth / 8; j += 2) {
-      const uint32_t pairs[4] = {pack<Element>(out[4 * j], out[4 * j + 1]), pack<Element>(out[4 * j + 2], out[4 * j + 3]),
-                                 pack<Element>(out[4 * j + 4], out[4 * j + 5]),
-                                 pack<Element>(out[4 * j + 6], out[4 * j + 7])};
+      const uint32_t pairs[4] = {
+          pack<Element>(out[4 * j], out[4 * j + 1]), pack<Element>(out[4 * j + 2], out[4 * j + 3]),
+          pack<Element>(out[4 * j + 4], out[4 * j + 5]), pack<Element>(out[4 * j + 6], out[4 * j + 7])};
       store_matrices(chunk_of(lane % 16, j + lane / 16), pairs);
     }
     __syncwarp();

@@ -1,7 +1,7 @@
-// Forward on Hopper: a persistent kernel of one producer and two consumer warpgroups. The producer gathers the rows of
-// each unit of 128 keys with asynchronous copies, K and V apart and a few units ahead; each consumer attends with 64
-// rows of the tile, the products of one running under the softmax of the other. A second launch does the tiles again in
-// which values were not finite.
+// Forward on Hopper: a persistent kernel of one producer and three consumer warpgroups. The producer brings the rows of
+// each unit of 64 keys, K and V apart and a few units ahead: in one copy where the run's list has been copied, else row
+// by row. Each consumer attends with 64 rows of the tile; while one makes its weights, the others keep the tensor cores
+// busy. A second launch does the tiles again in which values were not finite.
 #pragma once
 
 #include "cuda/sm90/forward/consumer.cuh"
@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward(const __grid_cons
   using Shared = typename Traits::Shared;
   if constexpr (Traits::kCareful) {  // seldom is there anything to do
     bool any = false;
-    for (int64_t i = blockIdx.x + int64_t{threadIdx.x} * gridDim.x; i < a.work; i += int64_t{Traits::kThreads} * gridDim.x)
+    for (int64_t i = blockIdx.x + int64_t{threadIdx.x} * gridDim.x; i < a.work;
+         i += int64_t{Traits::kThreads} * gridDim.x)
       any = any || is_suspect<Traits>(a, i);
     if (!__syncthreads_or(any)) return;
   }

@@ -1,5 +1,5 @@
-// The producer: finds the units of each tile and gathers their rows into shared memory. One warp brings keys, one
-// values, and two queries, each at its own pace.
+// The producer: finds the units of each tile and brings their rows into shared memory. Two warps bring keys, one
+// values, and one queries, each at its own pace.
 #pragma once
 
 #include <cfloat>

@@ -17,8 +17,8 @@ struct ForwardTraits {
   static constexpr int kValueWidth = kValueWidth_;  // Kv, padded
   static constexpr bool kCareful = kCareful_;
   static constexpr int kConsumers = kForwardConsumers;  // warpgroups
-  static constexpr int kRows = 64 * kConsumers;          // of a query tile
-  static constexpr int kSlots = kUnit;                   // keys of a unit of work
+  static constexpr int kRows = 64 * kConsumers;         // of a query tile
+  static constexpr int kSlots = kUnit;                  // keys of a unit of work
   static constexpr int kStages = kWidth > 64 ? 3 : 6;
   static constexpr int kNotes = 2 * kStages;  // a unit's notes outlive its keys: consumers read them after the product
   static constexpr int kQueryStages = 2;      // tiles
