@@ -335,9 +335,19 @@ def main() -> None:
     peers = [*args.peers, "flex"]
     results, growth, memory = [], [], []
 
+    def save() -> list[dict]:
+        verdicts = judge(results, growth, memory)
+        common.write(
+            args.json, {"facts": facts, "targets": verdicts, "speed": results, "growth": growth, "memory": memory}
+        )
+        return verdicts
+
     def add(label: str, lengths: list[int], **changes) -> None:
-        found = [compare(args, label, n, flex=label == "main" and n in args.flex, **changes) for n in lengths]
-        results.extend(found)
+        found = []
+        for n in lengths:
+            found.append(compare(args, label, n, flex=label == "main" and n in args.flex, **changes))
+            results.append(found[-1])
+            save()  # a run that is cut short leaves what it has
         print(f"{label} {changes or ''}")
         tables = [report_speed(found, "forward", peers), report_speed(found, "backward", peers), report_both(found)]
         print("\n\n".join(tables), end="\n\n", flush=True)
@@ -357,10 +367,8 @@ def main() -> None:
         memory = [figures for length in args.memory for figures in measure_memory(args, length)]
         print(report_memory(memory), end="\n\n", flush=True)
 
-    verdicts = judge(results, growth, memory)
+    verdicts = save()
     print("\n\n".join([*common.report_errors([*results, *growth, *memory]), common.report_verdicts(verdicts)]))
-    report = {"facts": facts, "targets": verdicts, "speed": results, "growth": growth, "memory": memory}
-    common.write(args.json, report)
     if args.plot:
         plot(results, facts, peers, args.plot)
 
