@@ -9,6 +9,7 @@
 #include "cuda/sm90/backward/differentiate.cuh"
 #include "cuda/sm90/backward/traits.cuh"
 #include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/wgmma.cuh"
 
 namespace sparsek::cuda::sm90 {
 

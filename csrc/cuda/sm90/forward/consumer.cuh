@@ -7,6 +7,7 @@
 #include "cuda/sm90/forward/softmax.cuh"
 #include "cuda/sm90/forward/traits.cuh"
 #include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/wgmma.cuh"
 
 namespace sparsek::cuda::sm90 {
 
