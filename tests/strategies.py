@@ -210,7 +210,7 @@ def problems(
         packed=in_one,
         batch=1 if in_one or size == "large" else draw(st.integers(1, 3 if wide else 2)),
         groups=1 if size == "large" else draw(st.integers(1, 3 if wide else 2)),
-        ratio=draw(st.sampled_from([1, 2, 3, 6] if wide else [1, 2, 3] if size == "medium" else [1, 2])),
+        ratio=draw(st.sampled_from([1, 2, 3, 4, 6] if wide else [1, 2, 3, 4] if size == "medium" else [1, 2, 4])),
         width=draw(widths),
         value_width=draw(widths),
         dtype=dtype,

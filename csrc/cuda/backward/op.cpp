@@ -68,7 +68,8 @@ Gradients launch_backward(const Tensor& grad_out, const std::optional<Tensor>& g
   const Tensor grad_scores = make(query, {shape.batch, shape.keys, shape.groups}, scores.scalar_type());
   const Tensor delta = make_empty(query, {shape.batch, shape.heads, shape.queries}, scalar_type<T>());
   const Tensor order = make_empty(query, {shape.batch, shape.groups, align ? 0 : shape.keys}, ScalarType::Int);
-  const Tensor key_sums = make(query, {shape.batch, shape.groups, shape.keys}, ScalarType::Double);
+  // What no query sees has no gradient.
+  const Tensor key_sums = make_zeros(query, {shape.batch, shape.groups, shape.keys}, ScalarType::Double);
   const Tensor query_sums = make(query, {shape.batch, shape.groups, shape.queries}, ScalarType::Double);
 
   BackwardParams<T> params;

@@ -29,15 +29,12 @@ template <typename T>
 void run(Kernel kernel, const ForwardParams<T>& params, const Tensor& reference, const OnDeviceOf& device) {
   if constexpr (std::is_same_v<T, float>) {
     if (kernel != Kernel::kSimt) {
-      int64_t run_size = forward_run_size(params.sequences);
+      const int64_t rows = kernel == Kernel::kSm90 ? kForwardRowsSm90 : kForwardRowsSm80;
+      const PlanMemory memory = make_plan(params, forward_run_size(params.sequences, rows), reference, device.stream());
 #ifdef SPARSEK_SM90
-      if (kernel == Kernel::kSm90) {
-        run_size = (run_size + kForwardRowsSm90 - 1) / kForwardRowsSm90 * kForwardRowsSm90;
-        const PlanMemory memory = make_plan(params, run_size, reference, device.stream());
+      if (kernel == Kernel::kSm90)
         return run_forward_sm90(params, memory.plan, reference, device.multiprocessors(), device.stream());
-      }
 #endif
-      const PlanMemory memory = make_plan(params, run_size, reference, device.stream());
       return run_forward_sm80(params, memory.plan, device.stream());
     }
   }

@@ -253,14 +253,21 @@ constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / un
 
 }  // namespace
 
+int32_t heads_per_tile(int64_t heads_per_group) {
+  constexpr int32_t kMostHeads = 16;
+  int32_t heads = 1;
+  while (heads < kMostHeads && heads_per_group % (2 * heads) == 0) heads *= 2;
+  return heads;
+}
+
 // A sixteenth of a sequence leaves room for supports of up to about a fifth of its keys.
-int64_t forward_run_size(const Sequences& sequences) {
+int64_t forward_run_size(const Sequences& sequences, int64_t tile_rows) {
   const int64_t keys =
       sequences.cu_k == nullptr ? sequences.keys : sequences.keys / std::max<int64_t>(sequences.count, 1);
-  constexpr int64_t kLong = 32768;  // from here on rows may be copied for few runs only, see sm90/compact.cu
   int64_t size = 512;
-  while (size < 4096 && (size * 16 < keys || keys >= kLong)) size *= 2;
-  return size;
+  // Long sequences have room for copies of the rows of few runs only, see sm90/compact.cu.
+  while (size < 4096 && (size * 16 < keys || keys >= kLongSequence)) size *= 2;
+  return round_up(size, tile_rows);
 }
 
 PlanMemory make_plan(const AttentionParams<float>& params, int64_t run_size, const Tensor& reference,

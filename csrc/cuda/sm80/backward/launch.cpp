@@ -60,9 +60,6 @@ void run_backward_sm80(const BackwardParams<float>& params, const Plan& plan, co
   const auto make_rows = sequences.cu_q != nullptr ? make_zeros : make_empty;
   const Tensor gate_sums = make_rows(reference, {params.batch, heads, params.queries}, ScalarType::Float);
   const Tensor added = make_zeros(reference, {1 + runs * params.groups}, ScalarType::Int);
-  if (zeroed && params.keys > 0)
-    check_cuda(cudaMemsetAsync(params.key_sums, 0, params.batch * params.groups * params.keys * sizeof(double), stream),
-               "cudaMemsetAsync");
 
   sm80::Workspace work;
   work.gate_sums = static_cast<float*>(gate_sums.mutable_data_ptr());

@@ -315,12 +315,9 @@ template <typename T, int W>
 void launch_query_pass(const BackwardParams<float>& params, const Plan& plan, const Workspace& work,
                        cudaStream_t stream) {
   using Pass = QueryPass<W>;
-  constexpr int kMostHeads = 16;
   QueryPassArguments arguments{};
   arguments.gate_sums = work.gate_sums;
-  // Heads of a group share a tile, and with it the rows that it gathers.
-  arguments.heads = 1;
-  while (arguments.heads < kMostHeads && params.heads_per_group % (2 * arguments.heads) == 0) arguments.heads *= 2;
+  arguments.heads = heads_per_tile(params.heads_per_group);
   arguments.tiles = query_tiles(Pass::kRows, arguments.heads);
   arguments.num_tiles = params.sequences.num_items(params.sequences.cu_q, params.queries, arguments.tiles);
   const bool hard = params.pattern.hard;

@@ -10,6 +10,7 @@ namespace sparsek::cuda {
 
 // K and Kv up to 256, multiples of 8; last strides 1 and rows aligned to 16 bytes; `out` contiguous, in any dtype.
 constexpr int64_t kMaxForwardWidthSm80 = 256;
+constexpr int64_t kForwardRowsSm80 = 128;  // of a tile, at most
 void run_forward_sm80(const ForwardParams<float>& params, const Plan& plan, cudaStream_t stream);
 
 namespace sm80 {

@@ -14,19 +14,17 @@ void run_backward_sm90(const BackwardParams<float>& params, const Plan& plan, co
                        int multiprocessors, cudaStream_t stream) {
   const Sequences& sequences = params.sequences;
   if (sequences.count == 0) return;
-  constexpr int64_t kTileSums = 8192, kPartialSums = 8, kKeys = 128;
   sm90::BackwardArguments arguments{};
   arguments.params = params;
   arguments.plan = plan;
   arguments.width = std::max(params.query.width, params.value.width) <= 64 ? 64 : 128;
-  const int rows = static_cast<int>(kTileSums / arguments.width);
-  arguments.tiles = query_tiles(rows, 1);
+  arguments.tiles = query_tiles(sm90::tile_rows(arguments.width), 1);
   arguments.num_tiles = sequences.num_items(sequences.cu_q, params.queries, arguments.tiles);
   arguments.num_runs = sequences.num_items(sequences.cu_k, params.keys, plan.runs);
-  arguments.num_blocks = sequences.num_items(sequences.cu_k, params.keys, {kKeys, 1});
+  arguments.num_blocks = sequences.num_items(sequences.cu_k, params.keys, {sm90::kKeys, 1});
   const int64_t tiles = params.groups * params.heads_per_group * arguments.num_tiles;
 
-  const Tensor tile_sums = make_empty(reference, {tiles, kTileSums + kPartialSums * rows}, ScalarType::Float);
+  const Tensor tile_sums = make_empty(reference, {tiles, sm90::tile_floats(arguments.width)}, ScalarType::Float);
   const Tensor grad_key =
       make_empty(reference, {params.batch, params.groups, params.keys, params.query.width}, ScalarType::Float);
   const Tensor grad_value =
@@ -34,13 +32,8 @@ void run_backward_sm90(const BackwardParams<float>& params, const Plan& plan, co
   arguments.tile_sums = static_cast<float*>(tile_sums.mutable_data_ptr());
   arguments.grad_key = static_cast<float*>(grad_key.mutable_data_ptr());
   arguments.grad_value = static_cast<float*>(grad_value.mutable_data_ptr());
-  // What no query sees has no gradient.
-  if (params.keys > 0)
-    check_cuda(cudaMemsetAsync(params.key_sums, 0, params.batch * params.groups * params.keys * sizeof(double), stream),
-               "cudaMemsetAsync");
 
-  // Both passes count for themselves.
-  // First units need no more room than one for each list.
+  // Both passes count for themselves. First units need no more room than one for each list.
   const int64_t lists = arguments.num_runs * params.groups, per_pass = 2 + lists + 2 * tiles;
   const Tensor counters =
       make_zeros(reference, {2 * per_pass + params.batch * params.groups + 1 + lists + 1}, ScalarType::Int);

@@ -8,12 +8,6 @@
 
 namespace sparsek::cuda::sm90 {
 
-constexpr int kKeys = 128;       // of a unit: 64 for each consumer
-constexpr int kTileSums = 8192;  // of the queries of a tile
-constexpr int kPartialSums = 8;  // of a row's gate gradients: one for each warp of the consumers
-constexpr int tile_rows(int width) { return kTileSums / width; }
-constexpr int tile_floats(int width) { return kTileSums + kPartialSums * tile_rows(width); }
-
 // How the gradient of a key enters the sums of the units before.
 enum Mode : uint8_t { kSkip, kStore, kAdd };
 

@@ -16,7 +16,7 @@ class Consumer {
  public:
   using Element = typename Traits::Element;
   using Shared = typename Traits::Shared;
-  using Sums = float[Traits::kValueWidth / 2];
+  using Sums = float[Traits::kWidth / 2];
 
   __device__ Consumer(const ForwardArguments& a, Shared& shared)
       : a_(a), s_(shared), index_(static_cast<int>(threadIdx.x) / 128 - 1) {}
@@ -95,7 +95,7 @@ class Consumer {
       }
       if (rescale) {
 #pragma unroll
-        for (int i = 0; i < Traits::kValueWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
+        for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
       }
       pack_weights(logits, weights);
     }
@@ -216,7 +216,7 @@ class Consumer {
                                       : (state.reference[h] * a_.magnitude + log2f(sum)) * kLn2;
     float zeros[4] = {};  // several, since each sum is a chain
 #pragma unroll
-    for (int i = 0; i < Traits::kValueWidth / 2; ++i)
+    for (int i = 0; i < Traits::kWidth / 2; ++i)
       if (i / 2 % 2 == h) {
         zeros[i / 4 % 2 * 2 + i % 2] = fmaf(out[i], 0.0f, zeros[i / 4 % 2 * 2 + i % 2]);
         out[i] *= factor;
@@ -235,7 +235,7 @@ class Consumer {
         float2* row = reinterpret_cast<float2*>(rows[lane / 4 + 8 * h].out);
         if (row == nullptr) continue;
 #pragma unroll
-        for (int j = 0; j < Traits::kValueWidth / 8; ++j)
+        for (int j = 0; j < Traits::kWidth / 8; ++j)
           if (j < chunks) row[4 * j + lane % 4] = {out[4 * j + 2 * h], out[4 * j + 2 * h + 1]};
       }
       return;
@@ -246,14 +246,14 @@ class Consumer {
     };
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < Traits::kValueWidth / 8; j += 2) {
+    for (int j = 0; j < Traits::kWidth / 8; j += 2) {
       const uint32_t pairs[4] = {
           pack<Element>(out[4 * j], out[4 * j + 1]), pack<Element>(out[4 * j + 2], out[4 * j + 3]),
           pack<Element>(out[4 * j + 4], out[4 * j + 5]), pack<Element>(out[4 * j + 6], out[4 * j + 7])};
       store_matrices(chunk_of(lane % 16, j + lane / 16), pairs);
     }
     __syncwarp();
-    constexpr int kChunks = Traits::kValueWidth / 8, kRowsAtOnce = 32 / kChunks, kSteps = 16 / kRowsAtOnce;
+    constexpr int kChunks = Traits::kWidth / 8, kRowsAtOnce = 32 / kChunks, kSteps = 16 / kRowsAtOnce;
     const int chunk = lane % kChunks;
     uint4 x[kSteps];
     uint4* to[kSteps];

@@ -4,7 +4,11 @@
 // busy. A second launch does the tiles again in which values were not finite.
 #pragma once
 
+#include <algorithm>
+
+#include "cuda/common/launch.cuh"
 #include "cuda/sm90/forward/consumer.cuh"
+#include "cuda/sm90/forward/launch.h"
 #include "cuda/sm90/forward/producer.cuh"
 
 namespace sparsek::cuda::sm90 {
@@ -52,18 +56,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward(const __grid_cons
 
 template <typename Traits>
 void launch_pass(const ForwardArguments& arguments, int multiprocessors, cudaStream_t stream) {
-  const int bytes = sizeof(typename Traits::Shared) + 1024;
-  check_cuda(cudaFuncSetAttribute(forward<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-             "cudaFuncSetAttribute");
-  const int64_t ctas = std::min<int64_t>(arguments.work, multiprocessors);
-  forward<Traits><<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(arguments);
-  check_cuda(cudaGetLastError(), "forward on sm_90a");
+  launch("forward on sm_90a", forward<Traits>, std::min<int64_t>(arguments.work, multiprocessors), Traits::kThreads,
+         sizeof(typename Traits::Shared) + 1024, stream, arguments);
 }
 
-template <typename Element, int kWidth, int kValueWidth>
+template <typename Element, int kWidth>
 void launch_forward(const ForwardArguments& arguments, int multiprocessors, cudaStream_t stream) {
-  launch_pass<ForwardTraits<Element, kWidth, kValueWidth, false>>(arguments, multiprocessors, stream);
-  launch_pass<ForwardTraits<Element, kWidth, kValueWidth, true>>(arguments, multiprocessors, stream);
+  launch_pass<ForwardTraits<Element, kWidth, false>>(arguments, multiprocessors, stream);
+  launch_pass<ForwardTraits<Element, kWidth, true>>(arguments, multiprocessors, stream);
 }
 
 }  // namespace sparsek::cuda::sm90

@@ -9,15 +9,13 @@
 #include "cuda/sm90/forward/arguments.h"
 
 namespace sparsek::cuda {
+
 void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, const Tensor& reference,
                       int multiprocessors, cudaStream_t stream) {
-  constexpr int kMostHeads = 16;
   sm90::ForwardArguments arguments{};
   arguments.params = params;
   arguments.plan = plan;
-  // Heads of a group share a tile, and with it the rows that it gathers.
-  arguments.heads = 1;
-  while (arguments.heads < kMostHeads && params.heads_per_group % (2 * arguments.heads) == 0) arguments.heads *= 2;
+  arguments.heads = heads_per_tile(params.heads_per_group);
   arguments.tiles = query_tiles(kForwardRowsSm90, arguments.heads);
   arguments.num_tiles = params.sequences.num_items(params.sequences.cu_q, params.queries, arguments.tiles);
   arguments.work = arguments.num_tiles * (params.groups * params.heads_per_group / arguments.heads);
@@ -30,12 +28,13 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
   const int64_t readers = (params.pattern.causal ? plan.runs.size : params.queries) / arguments.tiles.size;
   const sm90::CompactMemory copies = sm90::make_compact(params, plan, width, readers, reference, stream);
   arguments.compact = copies.compact;
-  const Tensor suspects = make_empty(reference, {arguments.work, sm90::kForwardConsumers}, ScalarType::Int);
+  // Zeros, for tiles without queries are never written.
+  const Tensor suspects = make_zeros(reference, {arguments.work, sm90::kForwardConsumers}, ScalarType::Int);
   arguments.suspects = static_cast<uint32_t*>(suspects.mutable_data_ptr());
   if (params.query.dtype == torch::headeronly::ScalarType::BFloat16) {
-    sm90::launch_forward_of<__nv_bfloat16>(arguments, multiprocessors, stream);
+    sm90::launch_forward_of<__nv_bfloat16>(arguments, width, multiprocessors, stream);
   } else {
-    sm90::launch_forward_of<__half>(arguments, multiprocessors, stream);
+    sm90::launch_forward_of<__half>(arguments, width, multiprocessors, stream);
   }
 }
 

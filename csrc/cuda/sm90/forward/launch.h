@@ -18,8 +18,9 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
 namespace sm90 {
 
 struct ForwardArguments;
+// `width`: of the kernels, 64 or 128.
 template <typename Element>
-void launch_forward_of(const ForwardArguments& arguments, int multiprocessors, cudaStream_t stream);
+void launch_forward_of(const ForwardArguments& arguments, int width, int multiprocessors, cudaStream_t stream);
 
 }  // namespace sm90
 }  // namespace sparsek::cuda

@@ -198,10 +198,10 @@ class ValueProducer {
     keys_ = tile.sequence.keys;
     const char* copies = nullptr;
     if constexpr (!Traits::kCareful)
-      copies = find_copies<Traits::kValueWidth>(a_.compact, a_.compact.value, cursor_.blocks().run);
+      copies = find_copies<Traits::kWidth>(a_.compact, a_.compact.value, cursor_.blocks().run);
     int32_t unit = cursor_.next(), end = 0;
     for (; copies != nullptr && unit >= 0 && !cursor_.is_window(unit); unit = cursor_.next())
-      bring(copies + unit * kUnitBytes<Traits::kValueWidth>);
+      bring(copies + unit * kUnitBytes<Traits::kWidth>);
     int2 key{};
     if (unit >= 0) key = look_up(unit, end);
     while (unit >= 0) {
@@ -227,7 +227,7 @@ class ValueProducer {
 
   __device__ void bring(const char* copied) {
     barrier_wait(s_.value_empty[stage_], phase_ ^ 1);
-    if (lane_ == 0) bring_unit<Traits::kValueWidth>(copied, s_.value[stage_], s_.value_full[stage_]);
+    if (lane_ == 0) bring_unit<Traits::kWidth>(copied, s_.value[stage_], s_.value_full[stage_]);
     __syncwarp();
     barrier_arrive(s_.value_full[stage_]);
     if (++stage_ == Traits::kStages) stage_ = 0, phase_ ^= 1;
@@ -253,7 +253,7 @@ class ValueProducer {
 
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
-  const RowCopier<Traits, Traits::kValueWidth, Traits::kSlots> copier_;
+  const RowCopier<Traits, Traits::kWidth, Traits::kSlots> copier_;
   const int lane_;
   UnitCursor cursor_;
   const char* base_;

@@ -10,11 +10,10 @@ namespace sparsek::cuda::sm90 {
 
 // kCareful: the second pass, over the tiles that met values which are not finite. In a product those reach rows that do
 // not see them, since 0 * NaN is NaN; here they are replaced by 0, and rows that do see one become NaN.
-template <typename Element_, int kWidth_, int kValueWidth_, bool kCareful_>
+template <typename Element_, int kWidth_, bool kCareful_>
 struct ForwardTraits {
   using Element = Element_;
-  static constexpr int kWidth = kWidth_;            // K, padded
-  static constexpr int kValueWidth = kValueWidth_;  // Kv, padded
+  static constexpr int kWidth = kWidth_;  // K and Kv, padded
   static constexpr bool kCareful = kCareful_;
   static constexpr int kConsumers = kForwardConsumers;  // warpgroups
   static constexpr int kRows = 64 * kConsumers;         // of a query tile
@@ -57,11 +56,10 @@ struct ForwardTraits {
   };
 
   // Operands are columns of 64 elements: rows of 128 bytes in the 128-byte swizzle.
-  static_assert(kWidth == kValueWidth);
   struct Shared {
     alignas(1024) Element query[kQueryStages][kWidth / 64][kRows][64];  // then the output, on its way out
     alignas(1024) Element key[kStages][kWidth / 64][kSlots][64];
-    alignas(1024) Element value[kStages][kValueWidth / 64][kSlots][64];
+    alignas(1024) Element value[kStages][kWidth / 64][kSlots][64];
     Notes notes[kNotes];
     Row rows[kQueryStages][kRows];
     alignas(16) int32_t key_rows[kSlots], value_rows[kSlots];  // scratch of the producer
