@@ -30,7 +30,8 @@ template <typename T>
 void run(Kernel kernel, const BackwardParams<T>& params, const Tensor& reference, const OnDeviceOf& device) {
   if constexpr (std::is_same_v<T, float>) {
     if (kernel != Kernel::kSimt) {
-      const PlanMemory memory = make_plan(params, kBackwardRunSize, reference, device.stream());
+      const PlanMemory memory =
+          make_plan(params, backward_run_size(params.sequences, params.heads_per_group), reference, device.stream());
 #ifdef SPARSEK_SM90
       if (kernel == Kernel::kSm90)
         return run_backward_sm90(params, memory.plan, reference, device.multiprocessors(), device.stream());

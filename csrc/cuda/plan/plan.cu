@@ -249,6 +249,10 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads)
   }
 }
 
+int64_t mean_keys(const Sequences& sequences) {
+  return sequences.cu_k == nullptr ? sequences.keys : sequences.keys / std::max<int64_t>(sequences.count, 1);
+}
+
 constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 }  // namespace
@@ -262,12 +266,19 @@ int32_t heads_per_tile(int64_t heads_per_group) {
 
 // A sixteenth of a sequence leaves room for supports of up to about a fifth of its keys.
 int64_t forward_run_size(const Sequences& sequences, int64_t tile_rows) {
-  const int64_t keys =
-      sequences.cu_k == nullptr ? sequences.keys : sequences.keys / std::max<int64_t>(sequences.count, 1);
+  const int64_t keys = mean_keys(sequences);
   int64_t size = 512;
-  // Long sequences have room for copies of the rows of few runs only, see sm90/compact.cu.
-  while (size < 4096 && (size * 16 < keys || keys >= kLongSequence)) size *= 2;
+  while (size < 4096 && size * 16 < keys) size *= 2;
   return round_up(size, tile_rows);
+}
+
+// Each run adds to the sums of the one before it, and its queries, of all heads, are to stay in the L2 cache.
+int64_t backward_run_size(const Sequences& sequences, int64_t heads_per_group) {
+  const int64_t keys = mean_keys(sequences);
+  int64_t size = 1024;
+  while (size < 4096 && (size * heads_per_group < 2048 || size * std::min<int64_t>(heads_per_group, 2) * 64 <= keys))
+    size *= 2;
+  return size;
 }
 
 PlanMemory make_plan(const AttentionParams<float>& params, int64_t run_size, const Tensor& reference,

@@ -58,13 +58,10 @@ struct PlanMemory {
 // Heads of a group share a tile of queries, and with it the rows that it gathers: so many, a power of two.
 int32_t heads_per_tile(int64_t heads_per_group);
 
-// Keys from which on a sequence must do with little memory beside it.
-constexpr int64_t kLongSequence = 32768;
-
 // Runs of `run_size` positions, a multiple of the rows of the kernels' query tiles; lists have room for four times as
 // many slots. Shorter runs have tighter lists, longer ones fewer of them.
 int64_t forward_run_size(const Sequences& sequences, int64_t tile_rows);
-constexpr int64_t kBackwardRunSize = 4096;  // each run adds to the sums of the one before it: few are best
+int64_t backward_run_size(const Sequences& sequences, int64_t heads_per_group);
 PlanMemory make_plan(const AttentionParams<float>& params, int64_t run_size, const Tensor& reference,
                      cudaStream_t stream);
 

@@ -91,7 +91,7 @@ CompactMemory make_compact(const AttentionParams<float>& params, const Plan& pla
   Compact compact{};
   const int64_t rows = params.batch * params.keys * params.groups;
   // Long sequences: with lists and the rest, at most half of what keys and values take.
-  constexpr int64_t kOtherBytes = 52;
+  constexpr int64_t kLongSequence = 32768, kOtherBytes = 56;
   const int64_t row_bytes = 2 * 2 * width;
   const int64_t room = params.keys < kLongSequence ? rows * 3 / 2 : rows * (row_bytes / 2 - kOtherBytes) / row_bytes;
   compact.units = room / kUnit;

@@ -55,8 +55,8 @@ __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;
 __device__ inline void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // Until global memory has been written.
 __device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Orders accesses of any memory through the bulk copies' proxy and through the ordinary one.
-__device__ inline void fence_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Orders accesses of global memory through the bulk copies' proxy and through the ordinary one.
+__device__ inline void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Adds to two floats in global memory.
 __device__ inline void add_pair(float2* to, float2 x) {
@@ -86,8 +86,17 @@ __device__ inline void barrier_expect(uint64_t& barrier, uint32_t bytes) {
 __device__ inline void barrier_arrive_after_copies(uint64_t& barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-// Whether the phase of this parity is over.
+// Whether the phase of this parity is over. Does not wait, unlike barrier_try.
 __device__ inline bool barrier_test(uint64_t& barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(shared_address(&barrier)), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+// The same, but if it is not over, sleeps until it is or some time has passed.
+__device__ inline bool barrier_try(uint64_t& barrier, uint32_t parity) {
   uint32_t done;
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                : "=r"(done)
@@ -96,7 +105,7 @@ __device__ inline bool barrier_test(uint64_t& barrier, uint32_t parity) {
   return done != 0;
 }
 __device__ inline void barrier_wait(uint64_t& barrier, uint32_t parity) {
-  while (!barrier_test(barrier, parity)) {
+  while (!barrier_try(barrier, parity)) {
   }
 }
 __device__ inline void named_barrier_sync(int id, int threads) {

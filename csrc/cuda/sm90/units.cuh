@@ -55,9 +55,9 @@ class UnitCursor {
   int32_t unit_;
 };
 
-// Copies the rows of a warp, kRows of a unit's, to shared memory: lanes next to each other take neighbouring chunks of
-// a row, and each group of lanes consecutive rows, whose keys it reads together.
-template <typename Traits, int kWidth, int kRows>
+// Copies the rows of a warp, kRows of the kSlots of a unit, to shared memory: lanes next to each other take
+// neighbouring chunks of a row, and each group of lanes consecutive rows, whose keys it reads together.
+template <typename Element, int kWidth, int kSlots, int kRows>
 class RowCopier {
  public:
   static constexpr int kChunks = kWidth / 8, kGroups = 32 / kChunks, kRowsOfLane = kRows / kGroups;
@@ -65,15 +65,15 @@ class RowCopier {
   __device__ explicit RowCopier(const Rows& rows)
       : chunk_(static_cast<int>(threadIdx.x) % kChunks),
         first_(static_cast<int>(threadIdx.x) % 32 / kChunks * kRowsOfLane),
-        row_(static_cast<int>(threadIdx.x) / 32 * kRows % Traits::kSlots + first_),
-        stride_(static_cast<uint32_t>(rows.stride[1] * sizeof(typename Traits::Element))),
+        row_(static_cast<int>(threadIdx.x) / 32 * kRows % kSlots + first_),
+        stride_(static_cast<uint32_t>(rows.stride[1] * sizeof(Element))),
         inside_(chunk_ * 8 < rows.width),
         full_width_(rows.width == kWidth) {}
 
   // keys [kRows] of this warp, relative to `base`; -1 for none: those rows are zeroed. `whole`: there are no such rows.
   __device__ void copy(const int32_t* keys, bool whole, const char* base, uint32_t to) const {
     // Bits 4 to 6 of a row's address are its chunk, which the swizzle turns; the rest is added.
-    const uint32_t column = to + chunk_ / 8 * (Traits::kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
+    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
     const char* from = base + chunk_ * 16;
     asm volatile("" : "+l"(from));  // one addition a row, not two
     if (whole && full_width_) {
@@ -97,10 +97,10 @@ class RowCopier {
 
   // Waits for this warp's copies, and replaces what is not finite by 0; sets poisoned [kRows] for such rows.
   __device__ void clean(uint32_t to, uint8_t* poisoned) const {
-    const uint32_t column = to + chunk_ / 8 * (Traits::kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
+    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
     wait_copies();
     for (int i = 0; i < kRowsOfLane; ++i) {
-      typename Traits::Element x[8];
+      Element x[8];
       load_shared_16(x, place(column, i));
       bool bad = false;
       for (auto& element : x) {

@@ -23,7 +23,7 @@ class Consumer {
   __device__ Consumer(const BackwardArguments& a, Shared& shared)
       : a_(a),
         s_(shared),
-        index_(static_cast<int>(threadIdx.x) / 128 - 1),
+        index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) - 1),
         warp_(static_cast<int>(threadIdx.x) % 128 / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
         scale_(static_cast<float>(a.params.scale) * kLog2e) {}
@@ -76,13 +76,16 @@ class Consumer {
                            float (&grad_key)[kWidth / 2], float (&grad_value)[kWidth / 2]) {
     const int query = query_.place, grad = grad_.place;
     float logits[kRows / 2], grads[kRows / 2];
+    // Barriers and shared memory answer only after the products that were issued before: they are asked first.
     barrier_wait(s_.query_full[query], query_.phase);
-    multiply_rows(logits, shared_address(s_.key), shared_address(s_.query[query]));
     barrier_wait(s_.grad_full[grad], grad_.phase);
+    float2 lse[kReadAhead];
+    read_lse(s_.rows[grad], lse);
+    multiply_rows(logits, shared_address(s_.key), shared_address(s_.query[query]));
     multiply_rows(grads, shared_address(s_.value), shared_address(s_.grad[grad]));
     mma_wait<1>();
     mma_pin(logits);
-    exponentiate<kRows>(logits, s_.rows[grad], scale_);
+    exponentiate<kRows>(logits, s_.rows[grad], lse, scale_);
     mma_pin(logits);  // now, under the other product
     mma_wait<0>();
     mma_pin(grads);
@@ -92,6 +95,7 @@ class Consumer {
     share_factor(weight_factor, grad_factor);
 
     float grad_query[32];
+    const bool may_give = barrier_test(s_.sums_empty, sums_phase_ ^ 1);
     multiply_factor(weight_factor, Traits::kCareful ? clean_grad() : shared_address(s_.grad[grad]), grad_value);
     named_barrier_sync(kConsumerBarrier, 256);
     multiply_keys(grad_query);
@@ -101,6 +105,7 @@ class Consumer {
     release(s_.grad_empty[grad]);
     mma_wait<1>();
     mma_pin(grad_query);
+    if (!may_give) barrier_wait(s_.sums_empty, sums_phase_ ^ 1);
     give(grad_query, query_sums);
     mma_wait<0>();
     mma_pin(grad_key);
@@ -215,7 +220,6 @@ class Consumer {
 
   // Gives the sums of a tile to the writer, as they lie.
   __device__ void give(const float (&grad_query)[32], const QuerySums& query_sums) {
-    barrier_wait(s_.sums_empty, sums_phase_ ^ 1);
     float4* to = reinterpret_cast<float4*>(s_.sums) + index_ * 8 * 128 + threadIdx.x % 128;
 #pragma unroll
     for (int i = 0; i < 8; ++i)

@@ -18,13 +18,23 @@ struct KeyState {
   int32_t from[2];
 };
 
+// The LSE of this thread's first queries: read ahead, since shared memory is busy while products are made.
+constexpr int kReadAhead = 8;
+template <int kRows>
+__device__ __forceinline__ void read_lse(const TileRows<kRows>& rows, float2 (&lse)[kReadAhead]) {
+#pragma unroll
+  for (int j = 0; j < kReadAhead; ++j)
+    lse[j] = *reinterpret_cast<const float2*>(&rows.lse[8 * j + 2 * (threadIdx.x % 4)]);
+}
+
 // Replaces logits, which are not scaled, by softmax weights over gates.
 template <int kRows>
-__device__ __forceinline__ void exponentiate(float (&logits)[kRows / 2], const TileRows<kRows>& rows, float scale) {
+__device__ __forceinline__ void exponentiate(float (&logits)[kRows / 2], const TileRows<kRows>& rows,
+                                             const float2 (&ahead)[kReadAhead], float scale) {
   const int column = 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int j = 0; j < kRows / 8; ++j) {
-    const float2 lse = *reinterpret_cast<const float2*>(&rows.lse[8 * j + column]);
+    const float2 lse = j < kReadAhead ? ahead[j] : *reinterpret_cast<const float2*>(&rows.lse[8 * j + column]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float& logit = logits[4 * j + e];

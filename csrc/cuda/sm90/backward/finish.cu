@@ -122,7 +122,8 @@ struct KeyFacts {
 
 __device__ KeyFacts find_facts(const BackwardParams<float>& p, int64_t batch, int64_t group, int64_t key) {
   const Sequences& sequences = p.sequences;
-  const Sequence sequence = sequences.at(sequences.find(sequences.cu_k, p.keys, {1, 0}, batch * p.keys + key));
+  const Sequence sequence =
+      sequences.at(sequences.cu_k == nullptr ? batch : sequences.find(sequences.cu_k, p.keys, {1, 0}, key));
   const int64_t own = key - sequence.key_begin;
   if (own < 0 || own >= sequence.keys) return {false, false};
   bool is_nan = false;
@@ -138,29 +139,40 @@ __device__ KeyFacts find_facts(const BackwardParams<float>& p, int64_t batch, in
   return {is_nan, expiry > max(own, static_cast<int64_t>(max(sequence.shift(), 0)))};
 }
 
-// Rounds sums [B, G, Mk, width] into gradients [B, Mk, G, width]: eight elements per thread.
-template <typename Element, bool kCareful>
-__global__ void __launch_bounds__(kThreads) finish_keys(const __grid_constant__ BackwardArguments a, const float* sums,
-                                                        const __grid_constant__ Rows rows, float scale) {
+// Rounds eight sums of row `row` of `sums` [B, G, Mk, width] into gradients.
+template <typename Element>
+__device__ void finish_chunk(const float* sums, int64_t row, const Rows& rows, char* to, int chunk, bool seen,
+                             float factor) {
+  if (chunk * 8 >= rows.width) return;
+  float4 low{}, high{};
+  if (seen) {
+    const float4* source = reinterpret_cast<const float4*>(sums + row * rows.width) + 2 * chunk;
+    low = __ldcs(source), high = __ldcs(source + 1);
+  }
+  reinterpret_cast<uint4*>(to)[chunk] =
+      uint4{pack<Element>(factor * low.x, factor * low.y), pack<Element>(factor * low.z, factor * low.w),
+            pack<Element>(factor * high.x, factor * high.y), pack<Element>(factor * high.z, factor * high.w)};
+}
+
+// Gradients of keys and values from their sums: eight columns of a row per thread.
+template <typename Element, int kWidth, bool kCareful>
+__global__ void __launch_bounds__(kThreads) finish_keys(const __grid_constant__ BackwardArguments a) {
   const BackwardParams<float>& p = a.params;
   if (kCareful && a.suspects[p.batch * p.groups] == 0) return;
-  const int64_t chunks = rows.width / 8, total = p.batch * p.groups * p.keys * chunks;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t row = i / chunks, chunk = i % chunks;
-    const int64_t key = row % p.keys, head = row / p.keys, group = head % p.groups, batch = head / p.groups;
+  constexpr int kChunks = kWidth / 8, kRowsAtOnce = kThreads / kChunks;
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const int64_t total = p.batch * p.groups * p.keys;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsAtOnce + threadIdx.x / kChunks; row < total;
+       row += static_cast<int64_t>(gridDim.x) * kRowsAtOnce) {
+    const int64_t head = divide(row, p.keys), key = row - head * p.keys;
+    const int64_t batch = divide(head, p.groups), group = head - batch * p.groups;
     if (kCareful && a.suspects[head] == 0) continue;
     const KeyFacts facts = find_facts(p, batch, group, key);
-    float4 low{}, high{};
-    if (facts.seen) {
-      const float4* source = reinterpret_cast<const float4*>(sums + row * rows.width) + 2 * chunk;
-      low = __ldcs(source), high = __ldcs(source + 1);
-    }
-    const float factor = facts.is_nan ? NAN : scale;
+    const float one = facts.is_nan ? NAN : 1.0f;
     if (facts.is_nan && chunk == 0) p.key_sums[row] = NAN;
-    reinterpret_cast<uint4*>(rows.row(batch, key, group))[chunk] =
-        uint4{pack<Element>(factor * low.x, factor * low.y), pack<Element>(factor * low.z, factor * low.w),
-              pack<Element>(factor * high.x, factor * high.y), pack<Element>(factor * high.z, factor * high.w)};
+    finish_chunk<Element>(a.grad_key, row, p.grad_key, p.grad_key.row(batch, key, group), chunk, facts.seen,
+                          one * static_cast<float>(p.scale));
+    finish_chunk<Element>(a.grad_value, row, p.grad_value, p.grad_value.row(batch, key, group), chunk, facts.seen, one);
   }
 }
 
@@ -173,13 +185,9 @@ void launch_finish_of(const BackwardArguments& a, int multiprocessors, cudaStrea
   launch("finish_queries",
          a.width == 64 ? finish_queries<Element, 64, kCareful> : finish_queries<Element, 128, kCareful>,
          ctas(a.num_tiles * p.groups), kThreads, 0, stream, a);
-  const auto finish = [&](const float* sums, const Rows& rows, float scale) {
-    const int64_t threads = p.batch * p.groups * p.keys * (rows.width / 8);
-    launch("finish_keys", finish_keys<Element, kCareful>, ctas((threads + kThreads - 1) / kThreads), kThreads, 0,
-           stream, a, sums, rows, scale);
-  };
-  finish(a.grad_key, p.grad_key, static_cast<float>(p.scale));
-  finish(a.grad_value, p.grad_value, 1.0f);
+  const int64_t rows_at_once = kThreads / (a.width / 8), rows = p.batch * p.groups * p.keys;
+  launch("finish_keys", a.width == 64 ? finish_keys<Element, 64, kCareful> : finish_keys<Element, 128, kCareful>,
+         ctas((rows + rows_at_once - 1) / rows_at_once), kThreads, 0, stream, a);
 }
 
 }  // namespace

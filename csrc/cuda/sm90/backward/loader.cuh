@@ -7,6 +7,7 @@
 
 #include "cuda/sm90/backward/traits.cuh"
 #include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/units.cuh"
 
 namespace sparsek::cuda::sm90 {
 
@@ -29,11 +30,16 @@ class Loader {
       barrier_wait(s_.unit_full[units.place], units.phase);
       const Unit& unit = s_.units[units.place];
       if (unit.done) return;
-      barrier_wait(s_.keys_empty, keys.phase ^ 1);
-      load_keys(unit);
-      arrive(kGrads ? s_.value_full : s_.key_full);
-      keys.advance();
-      bool asked = false;
+      bool asked = false, has_keys = false;
+      // After the first tile, whose place is free before that of the keys.
+      const auto bring_keys = [&] {
+        if (has_keys) return;
+        has_keys = true;
+        barrier_wait(s_.keys_empty, keys.phase ^ 1);
+        load_keys(unit);
+        arrive(kGrads ? s_.value_full : s_.key_full);
+        keys.advance();
+      };
       const auto ask = [&] {
         if (kGrads || asked) return;
         if (lane_ == 0) barrier_arrive(s_.unit_wanted);
@@ -53,7 +59,9 @@ class Loader {
           arrive(s_.query_full[stage.place]);
         }
         stage.advance();
+        bring_keys();
       });
+      bring_keys();
       ask();
       __syncwarp();
       if (lane_ == 0) barrier_arrive(s_.unit_empty[units.place]);
@@ -118,12 +126,9 @@ class Loader {
   __device__ void load_keys(const Unit& unit) const {
     const Rows& source = kGrads ? p_.value : p_.key;
     const char* base = source.row(unit.sequence.batch, unit.sequence.key_begin, unit.group);
-    const uint32_t stride = static_cast<uint32_t>(source.stride[1] * sizeof(Element));
     const uint32_t to = shared_address(kGrads ? s_.value : s_.key);
-    copy<kKeys>(to, source, [&](int r) {
-      const int32_t key = unit.key[r];
-      return key < 0 ? nullptr : base + uint64_t{static_cast<uint32_t>(key)} * stride;
-    });
+    const bool whole = unit.key[kKeys - 1] >= 0;  // keys that are not there come last
+    RowCopier<Element, Traits::kWidth, kKeys, kKeys>(source).copy(unit.key, whole, base, to);
     if constexpr (Traits::kCareful && !kGrads) clean<kKeys>(to, shared_address(s_.clean_key), s_.bad_key);
   }
 
@@ -137,13 +142,16 @@ class Loader {
     const uint32_t to = kGrads ? shared_address(s_.grad[place]) : shared_address(s_.query[place]);
     const int32_t begin = unit.first_query - first, end = unit.end_query - first;
     if (begin <= 0 && end >= Traits::kRows && source.width == Traits::kWidth) {
-      const char* from = base + lane_ / kChunks * stride + lane_ % kChunks * 16;
-      const uint32_t column = to + lane_ % kChunks / 8 * (Traits::kRows * 128);
+      constexpr int kRowsOfGroup = Traits::kRows / kStep;
+      static_assert(kRowsOfGroup % 8 == 0);
+      const int chunk = lane_ % kChunks, row = lane_ / kChunks * kRowsOfGroup;
+      const char* from = base + row * stride + chunk * 16;
+      // Bits 4 to 6 of a row's address are its chunk, which the swizzle turns; the rest is added.
+      const uint32_t column = to + chunk / 8 * (Traits::kRows * 128) + row * 128 + chunk % 8 * 16;
 #pragma unroll 8
-      for (int i = 0; i < Traits::kRows / kStep; ++i) {
-        const int r = lane_ / kChunks + i * kStep;
-        copy_async_16(column + r * 128 + ((lane_ % kChunks ^ r) % 8) * 16, from);
-        from += kStep * stride;
+      for (int i = 0; i < kRowsOfGroup; ++i) {
+        copy_async_16((column ^ i % 8 * 16) + i * 128, from);
+        from += stride;
       }
     } else {
       copy<Traits::kRows>(to, source, [&](int r) { return r < begin || r >= end ? nullptr : base + r * stride; });

@@ -38,10 +38,10 @@ class Writer {
       if (lane_ != 0) return;
       const int64_t place = (unit.group * heads + head) * a_.num_tiles + unit.tile + tile;
       float* const sums = a_.tile_sums + place * tile_floats(Traits::kWidth);
-      barrier_wait(s_.sums_full, phase_);
       while (load_acquire(turns + place) != before) {
       }
-      fence_proxies();
+      fence_async_proxy_global();
+      barrier_wait(s_.sums_full, phase_);
       if (before == 0 && !stored) {
         bulk_store(sums, shared_address(s_.sums), sizeof(s_.sums));
       } else {
@@ -51,7 +51,7 @@ class Writer {
       bulk_wait_read();
       barrier_arrive(s_.sums_empty);
       bulk_wait();
-      fence_proxies();
+      fence_async_proxy_global();
       store_release(turns + place, unit.number + 1);
       phase_ ^= 1;
     });

@@ -19,7 +19,7 @@ class Consumer {
   using Sums = float[Traits::kWidth / 2];
 
   __device__ Consumer(const ForwardArguments& a, Shared& shared)
-      : a_(a), s_(shared), index_(static_cast<int>(threadIdx.x) / 128 - 1) {}
+      : a_(a), s_(shared), index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) - 1) {}
 
   __device__ void run() {
     while (true) {
@@ -42,7 +42,7 @@ class Consumer {
     for (int h = 0; h < 2; ++h) {
       state.threshold[h] = rows[8 * h].threshold;
       state.position[h] = rows[8 * h].position;
-      state.reference[h] = -INFINITY;
+      state.reference[h] = kNoReference;
       state.sum[h] = 0.0f;
       state.poisoned[h] = false;
     }
@@ -66,8 +66,17 @@ class Consumer {
     float logits[32], decay[2];
     uint32_t weights[4][4], flags = 0;
     if (a_.sign != 1.0f) sign_queries();
+    bool has_keys = barrier_test(s_.key_full[key_stage_], key_phase_);
     for (bool first = true; !(flags & Traits::kLast); first = false) {
-      wait(s_.key_full[key_stage_], key_phase_);
+      // What barriers say takes a while to come: they are asked early.
+      const bool has_values = first || barrier_test(s_.value_full[value_stage_], value_phase_);
+      if (!has_keys) barrier_wait(s_.key_full[key_stage_], key_phase_);
+      const uint32_t earlier_flags = flags;
+      flags = notes().flags;
+      if (flags & Traits::kGathered) fence_async_proxy();
+      if (!has_values) barrier_wait(s_.value_full[value_stage_], value_phase_);
+      if (Traits::kCareful || (earlier_flags & Traits::kGathered)) fence_async_proxy();
+      if (!first) find_poison(weights, state);
       // Accumulators are not to be touched between the fence and the wait: the compiler would wait for each product.
       mma_pin(logits);
       mma_pin(out);
@@ -75,18 +84,17 @@ class Consumer {
       multiply_keys(logits);
       mma_commit();
       if (!first) {
-        wait(s_.value_full[value_stage_], value_phase_);
-        find_poison(weights, state);
         multiply_values(weights, out);
+        mma_commit();
+        mma_wait<1>();  // the logits
+      } else {
+        mma_wait<0>();
       }
-      mma_commit();
-      mma_wait<1>();  // the logits
       mma_pin(logits);
       release(s_.key_empty[key_stage_]);
-      advance_key();
-      flags = s_.notes[note_].flags;
       const bool rescale = weigh_unit(flags, logits, state, decay);
-      note_ = (note_ + 1) % Traits::kNotes;
+      advance_key();
+      has_keys = barrier_test(s_.key_full[key_stage_], key_phase_);
       mma_wait<0>();
       mma_pin(out);
       if (!first) {
@@ -99,7 +107,8 @@ class Consumer {
       }
       pack_weights(logits, weights);
     }
-    wait(s_.value_full[value_stage_], value_phase_);
+    barrier_wait(s_.value_full[value_stage_], value_phase_);
+    if (Traits::kCareful || (flags & Traits::kGathered)) fence_async_proxy();
     find_poison(weights, state);
     mma_pin(out);
     mma_fence();
@@ -113,7 +122,7 @@ class Consumer {
 
   // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
   __device__ bool weigh_unit(uint32_t flags, float (&logits)[32], RowState& state, float (&decay)[2]) const {
-    const typename Traits::Column& notes = s_.notes[note_].column[threadIdx.x % 4];
+    const typename Traits::Column& notes = this->notes().column[threadIdx.x % 4];
     const int32_t window = static_cast<int32_t>(a_.params.pattern.window);
     float highest[2];
     if (flags & (Traits::kSolid | Traits::kSeen)) {
@@ -125,7 +134,7 @@ class Consumer {
     } else {
       mask<Traits, Seen::kByScore>(logits, notes, window, state, highest);
     }
-    const auto grows = [&](int h) { return (highest[h] - state.reference[h]) * a_.magnitude > kLeeway; };
+    const auto grows = [&](int h) { return fmaf(highest[h], a_.magnitude, -state.reference[h]) > kLeeway; };
     decay[0] = decay[1] = 1.0f;
     const bool rescale = __any_sync(~0u, grows(0) || grows(1));
     if (rescale) {
@@ -133,8 +142,9 @@ class Consumer {
       for (int h = 0; h < 2; ++h) {
         highest[h] = reduce_max(highest[h]);
         if (!grows(h)) continue;
-        decay[h] = exp2_fast((state.reference[h] - highest[h]) * a_.magnitude);
-        state.reference[h] = highest[h];
+        const float reference = highest[h] * a_.magnitude;
+        decay[h] = exp2_fast(state.reference[h] - reference);
+        state.reference[h] = reference;
         state.sum[h] *= decay[h];
       }
     }
@@ -211,9 +221,7 @@ class Consumer {
     if constexpr (Traits::kCareful) poisoned = reduce_sum(state.poisoned[h] ? 1.0f : 0.0f) > 0.0f || is_nan;
     const float factor = poisoned ? NAN : sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     if (threadIdx.x % 4 == 0 && row.lse != nullptr)
-      *row.lse = is_nan || sum != sum ? NAN
-                 : sum == 0.0f        ? -INFINITY
-                                      : (state.reference[h] * a_.magnitude + log2f(sum)) * kLn2;
+      *row.lse = is_nan || sum != sum ? NAN : sum == 0.0f ? -INFINITY : (state.reference[h] + log2f(sum)) * kLn2;
     float zeros[4] = {};  // several, since each sum is a chain
 #pragma unroll
     for (int i = 0; i < Traits::kWidth / 2; ++i)
@@ -268,6 +276,10 @@ class Consumer {
       if (to[i] != nullptr && chunk < chunks) to[i][chunk] = x[i];
   }
 
+  // Of the unit whose keys are next: notes are written stage by stage, too, and twice as many as there are stages.
+  __device__ const typename Traits::Notes& notes() const {
+    return s_.notes[key_stage_ + static_cast<int>(key_phase_) * Traits::kStages];
+  }
   __device__ static void wait(uint64_t& barrier, uint32_t phase) {
     barrier_wait(barrier, phase);
     fence_async_proxy();
@@ -287,7 +299,7 @@ class Consumer {
   const ForwardArguments& a_;
   Shared& s_;
   const int index_;
-  int query_stage_ = 0, note_ = 0, key_stage_ = 0, value_stage_ = 0;
+  int query_stage_ = 0, key_stage_ = 0, value_stage_ = 0;
   uint32_t key_phase_ = 0, value_phase_ = 0, query_phase_ = 0;
 };
 

@@ -21,14 +21,19 @@ __device__ bool is_suspect(const ForwardArguments& a, int64_t index) {
   return found != 0;
 }
 
-// Calls visit(tile, its number) for each tile of this CTA that has queries.
+// Calls visit(tile, its number) for each tile of this CTA that has queries. Tiles of a few heads are neighbours, so
+// that their keys stay in the L2 cache; of these long ones come first, and every other round runs backwards, so that
+// each CTA has its share of long and short ones.
 template <typename Traits, typename Visit>
 __device__ void for_each_tile(const ForwardArguments& a, const Visit& visit) {
-  for (int64_t index = blockIdx.x; index < a.work; index += gridDim.x) {
-    if (Traits::kCareful && !is_suspect<Traits>(a, index)) continue;
-    // Tiles of one head are neighbours, so that its keys stay in the L2 cache; long ones come first.
-    const int64_t pack = divide(index, a.num_tiles), item = (pack + 1) * a.num_tiles - 1 - index;
-    const QueryTile tile = find_query_tile(a.params, a.tiles, item, pack * a.heads, a.heads);
+  constexpr int64_t kPacks = 16;
+  const int64_t packs = divide(a.work, a.num_tiles), ctas = gridDim.x;
+  for (int64_t begin = 0, place = blockIdx.x; begin < a.work; begin += ctas, place = ctas - 1 - place) {
+    const int64_t index = begin + place;
+    if (index >= a.work || (Traits::kCareful && !is_suspect<Traits>(a, index))) continue;
+    const int64_t first = divide(index, kPacks * a.num_tiles) * kPacks, among = min(kPacks, packs - first);
+    const int64_t rank = index - first * a.num_tiles, row = divide(rank, among), pack = first + rank - row * among;
+    const QueryTile tile = find_query_tile(a.params, a.tiles, a.num_tiles - 1 - row, pack * a.heads, a.heads);
     if (tile.last >= tile.first) visit(tile, index);
   }
 }
@@ -143,7 +148,7 @@ class KeyProducer {
     typename Traits::Column& column = notes.column[thread_ / 2 % 4];
     column.entry[thread_ / 8 * 2 + thread_ % 2] = entry;
     column.score[thread_ / 8 * 2 + thread_ % 2] = score;
-    if (thread_ == 0) notes.flags = flags_ | (last ? Traits::kLast : 0);
+    if (thread_ == 0) notes.flags = flags_ | (last ? Traits::kLast : 0) | (copied_ == nullptr ? Traits::kGathered : 0);
     __syncwarp();
     if (copied_ != nullptr) {
       if (thread_ == 0) bring_unit<Traits::kWidth>(copied_, s_.key[stage_], s_.key_full[stage_]);
@@ -160,7 +165,7 @@ class KeyProducer {
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
   static constexpr int kKeyRows = Traits::kSlots / 2;  // of a warp
-  const RowCopier<Traits, Traits::kWidth, kKeyRows> copier_;
+  const RowCopier<typename Traits::Element, Traits::kWidth, Traits::kSlots, kKeyRows> copier_;
   const int thread_, lane_;
   UnitCursor cursor_;
   const char* base_;
@@ -253,7 +258,7 @@ class ValueProducer {
 
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
-  const RowCopier<Traits, Traits::kWidth, Traits::kSlots> copier_;
+  const RowCopier<typename Traits::Element, Traits::kWidth, Traits::kSlots, Traits::kSlots> copier_;
   const int lane_;
   UnitCursor cursor_;
   const char* base_;

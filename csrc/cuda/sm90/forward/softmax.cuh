@@ -3,6 +3,7 @@
 // below.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "cuda/sm90/forward/traits.cuh"
@@ -13,11 +14,13 @@ namespace sparsek::cuda::sm90 {
 struct RowState {
   float threshold[2];
   int32_t position[2];
-  float reference[2];  // what logits are taken relative to: their maximum so far, or less by up to kLeeway
+  float reference[2];  // what logits in base 2 are taken relative to: their maximum so far, or less by up to kLeeway
   float sum[2];        // this thread's part
   bool poisoned[2];    // this thread gave weight to a value that was not finite; careful pass alone
 };
 
+// A reference before there are logits: finite, so that those of keys not seen, -inf, remain less.
+constexpr float kNoReference = -FLT_MAX;
 // Weights may exceed 1 by so many powers of 2, so that earlier sums are seldom scaled.
 constexpr float kLeeway = 8.0f;
 
@@ -37,7 +40,7 @@ enum class Seen { kAll, kByScore, kEntering, kWindow };
 template <typename Traits, Seen kSeen>
 __device__ void mask(float (&logits)[32], const typename Traits::Column& notes, int32_t window, const RowState& rows,
                      float (&highest)[2]) {
-  float chains[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};  // two a row, since each maximum is a chain
+  float chains[4];  // two a row, since each maximum is a chain
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
     const float4 score = *reinterpret_cast<const float4*>(&notes.score[2 * j]);
@@ -54,7 +57,7 @@ __device__ void mask(float (&logits)[32], const typename Traits::Column& notes, 
         seen = static_cast<uint32_t>(rows.position[h] - entries[column]) < static_cast<uint32_t>(window);
       float& logit = logits[4 * j + e];
       if constexpr (kSeen != Seen::kAll) logit = seen ? logit : -INFINITY;
-      chains[e % 4] = fmaxf(chains[e % 4], logit);
+      chains[e % 4] = j == 0 && e < 4 ? logit : fmaxf(chains[e % 4], logit);
     }
   }
   highest[0] = fmaxf(chains[0], chains[1]);
@@ -64,9 +67,6 @@ __device__ void mask(float (&logits)[32], const typename Traits::Column& notes, 
 // Turns logits into weights.
 template <typename Traits, bool kGated>
 __device__ void weigh(float (&logits)[32], const typename Traits::Column& notes, float magnitude, RowState& rows) {
-  float shift[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) shift[h] = rows.reference[h] == -INFINITY ? 0.0f : rows.reference[h] * magnitude;
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
     const float4 score = *reinterpret_cast<const float4*>(&notes.score[2 * j]);
@@ -75,7 +75,7 @@ __device__ void weigh(float (&logits)[32], const typename Traits::Column& notes,
     for (int e = 0; e < 8; ++e) {
       const int h = e / 2 % 2, column = e / 4 * 2 + e % 2;
       float& logit = logits[4 * j + e];
-      logit = exp2_fast(fmaf(logit, magnitude, -shift[h]));
+      logit = exp2_fast(fmaf(logit, magnitude, -rows.reference[h]));
       if constexpr (kGated) logit *= __saturatef(scores[column] - rows.threshold[h]);
       rows.sum[h] += logit;
     }
