@@ -3,6 +3,7 @@
 #   make demo     trains the example language model (examples/train_bytes.py)
 #   make test     runs the tests, with both layouts of xFormers; compiles the CUDA sources, and needs no GPU for it
 #   make cuda     runs the tests that have a variant for the GPU, on one
+#   make sanitize runs every CUDA kernel under compute-sanitizer, which CUDA's toolkit has
 #   make fuzz     draws random cases for much longer than `make test` does
 #   make bench    measures against dense attention on this machine's CPU; benchmarks/gpu_*.py are run one by one
 #   make lint     checks format and style; `make format` applies them
@@ -26,7 +27,9 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # and the mslk that it re-exports. mslk's own library needs a GPU build of PyTorch, and nothing here needs that library.
 MSLK_LAYOUT := MSLK_PYTHON_ONLY=1 PYTHONPATH=$(CURDIR)/tests/layouts/mslk:$(CURDIR)/$(MSLK)
 
-.PHONY: demo test cuda fuzz bench lint format clean
+SANITIZER_TOOLS ?= memcheck initcheck synccheck racecheck
+
+.PHONY: demo test cuda sanitize fuzz bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -38,6 +41,11 @@ test: $(VENV)/.built-cuda $(MSLK)/.installed
 
 cuda: $(VENV)/.built-cuda
 	$(PY) -m pytest -m cuda tests
+
+# Only this project's kernels are watched. PyTorch's cache would hide accesses beyond a tensor.
+sanitize: $(VENV)/.built-cuda
+	set -e; for tool in $(SANITIZER_TOOLS); do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+		--kernel-regex kns=sparsek --error-exitcode 1 $(PY) tests/sanitize.py; done
 
 fuzz: $(VENV)/.built
 	HYPOTHESIS_PROFILE=fuzz $(TEST) tests

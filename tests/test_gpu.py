@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture
-def device() -> torch.device:
+def device() -> Iterator[torch.device]:
     if not torch.cuda.is_available():
         pytest.fail("-m cuda needs a GPU that PyTorch can use")
-    return torch.device("cuda")
+    yield torch.device("cuda")
+    torch.cuda.empty_cache()  # some tests take tens of GB, and several processes share the card
 
 
 def problem(**changes) -> Problem:

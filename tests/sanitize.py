@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Runs every CUDA kernel on small inputs, for compute-sanitizer to watch (`make sanitize`).
+
+Results are not looked at beyond being finite: the tests do that. Each call covers what a kernel treats apart: lists,
+windows, keys that enter, hard selection, several heads of a group, packed sequences, rows narrower than a kernel's, and
+values that are not finite, which take the careful second passes.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import xformers_sparsek  # noqa: F401  the operators
+
+OPS = torch.ops.xformers_sparsek
+DEVICE = torch.device("cuda")
+WIDTHS = {"sm90": (40, 64, 128), "sm80": (40, 64, 128, 192, 256), "simt": (40,)}
+PATTERNS = {  # keys to keep, window, causal, hard
+    "soft": (40, 0, True, False),
+    "window": (40, 33, True, False),
+    "hard": (40, 17, True, True),
+    "all see the same": (40, 0, False, False),
+}
+
+
+def run(kernel: str, width: int, pattern: tuple[int, int, bool, bool], *, packed: bool, poisoned: bool) -> None:
+    """One forward and one backward pass."""
+    batch, length, groups, heads = (1, 700, 2, 4) if packed else (2, 350, 2, 4)
+    num_keys, window, causal, hard = pattern
+    dtype = torch.float32 if kernel == "simt" else torch.bfloat16
+    cu = torch.tensor([0, 1, 300, 300, length], dtype=torch.int32, device=DEVICE) if packed else None
+    query, grad = (torch.randn(batch, length, heads, width, device=DEVICE, dtype=dtype) for _ in range(2))
+    key, value = (torch.randn(batch, length, groups, width, device=DEVICE, dtype=dtype) for _ in range(2))
+    scores = 4 * torch.randn(batch, length, groups, device=DEVICE)
+    if poisoned:
+        value[:, 7] = torch.inf
+    threshold, expiry = OPS.select(scores, cu, cu, length, num_keys, window, causal, hard)
+    inputs = (query, key, value, scores)
+    rest = (threshold, expiry, cu, cu, window, causal, hard, width**-0.5)
+    out, lse = OPS.forward(*inputs, *rest, None, kernel, None)
+    gradients = OPS.backward(grad, None, *inputs, out, lse, *rest, kernel)
+    torch.cuda.synchronize()
+    if not poisoned:
+        assert all(x.isfinite().all() for x in (out, *gradients)), (kernel, width, pattern)
+
+
+def main() -> None:
+    kernels = [k for k in WIDTHS if k != "sm90" or torch.cuda.get_device_capability() == (9, 0)]
+    torch.manual_seed(0)
+    for kernel in kernels:
+        for width, (name, pattern) in itertools.product(WIDTHS[kernel], PATTERNS.items()):
+            for packed, poisoned in ((False, False), (True, False), (False, True)):
+                print(f"{kernel} {width} {name}{' packed' * packed}{' poisoned' * poisoned}", flush=True)
+                run(kernel, width, pattern, packed=packed, poisoned=poisoned)
+
+
+if __name__ == "__main__":
+    main()
