@@ -125,18 +125,22 @@ class Consumer {
     const typename Traits::Column& notes = this->notes().column[threadIdx.x % 4];
     const int32_t window = static_cast<int32_t>(a_.params.pattern.window);
     float highest[2];
-    if (flags & (Traits::kSolid | Traits::kSeen)) {
-      mask<Traits, Seen::kAll>(logits, notes, window, state, highest);
-    } else if (flags & Traits::kEntering) {
+    const auto grows = [&](int h) { return fmaf(highest[h], a_.magnitude, -state.reference[h]) > kLeeway; };
+    if (flags & Traits::kEntering) {
       mask<Traits, Seen::kEntering>(logits, notes, window, state, highest);
     } else if (flags & Traits::kWindow) {
       mask<Traits, Seen::kWindow>(logits, notes, window, state, highest);
     } else {
-      mask<Traits, Seen::kByScore>(logits, notes, window, state, highest);
+      mask<Traits, Seen::kAll>(logits, notes, window, state, highest);
     }
-    const auto grows = [&](int h) { return fmaf(highest[h], a_.magnitude, -state.reference[h]) > kLeeway; };
+    bool rescale = __any_sync(~0u, grows(0) || grows(1));
+    // A gate of 0 takes keys out by itself, unless they are not finite or would raise the reference.
+    const bool gates_decide = !(flags & (Traits::kSolid | Traits::kEntering | Traits::kWindow));
+    if (gates_decide && (rescale || Traits::kCareful)) {
+      mask<Traits, Seen::kByScore>(logits, notes, window, state, highest);
+      rescale = __any_sync(~0u, grows(0) || grows(1));
+    }
     decay[0] = decay[1] = 1.0f;
-    const bool rescale = __any_sync(~0u, grows(0) || grows(1));
     if (rescale) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

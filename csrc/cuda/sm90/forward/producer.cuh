@@ -138,8 +138,8 @@ class KeyProducer {
       flags_ |= Traits::kEntering;
       if (begin_ + thread_ >= cursor_.blocks().run.entering)
         entry = static_cast<int32_t>(min(key + window, int64_t{kNever}));
-    } else if (lowest_ > highest_) {
-      flags_ |= lowest_ >= highest_ + 1.0f ? Traits::kSolid : Traits::kSeen;
+    } else if (lowest_ >= highest_ + 1.0f) {
+      flags_ |= Traits::kSolid;
     }
     const bool whole = begin_ + Traits::kSlots <= end_;
     if (begin_ + thread_ >= end_) key = -1, score = -INFINITY;

@@ -34,8 +34,7 @@ struct ForwardTraits {
     kSolid = 2,      // all gates are 1
     kEntering = 4,   // a slot counts from the position `entry` on only
     kWindow = 8,     // `entry` holds the keys themselves, and gates are 1 within the window
-    kSeen = 16,      // all gates are above 0
-    kGathered = 32,  // rows were not copied by the proxy that the tensor cores read through
+    kGathered = 16,  // rows were not copied by the proxy that the tensor cores read through
   };
   enum Message : uint32_t { kKeys, kNoKeys, kDone };  // of a tile: units follow; none do; no further tile does
   // Of the slots that one thread of a row has, in order. Padded, so that the four threads of a row read from different
