@@ -119,6 +119,22 @@ struct BlockGroup {
     return __reduce_add_sync(kAllLanes, lane() < warp() ? other : 0);
   }
 
+  // Sum over the threads before this one, modulo 2^64.
+  __device__ uint64_t before_thread(uint64_t x) {
+    uint64_t sum = x;
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const uint64_t other = __shfl_up_sync(kAllLanes, sum, distance);
+      if (lane() >= distance) sum += other;
+    }
+    uint64_t* sums = slots<uint64_t, 1>();
+    if (lane() == kWarpSize - 1) sums[warp()] = sum;
+    __syncthreads();
+    uint64_t before = sum - x;
+    for (int i = 0; i < warp(); ++i) before += sums[i];
+    return before;
+  }
+
  private:
   template <typename Value, int kCount>
   __device__ Value* slots() {
