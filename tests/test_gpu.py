@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from reference import QUANTITIES, Reference, Results, operator
-from strategies import BF16, F32, Problem
+from strategies import BF16, F32, F64, Problem
 from torch import Tensor
 
 from xformers_sparsek import sparsek_attention
@@ -152,11 +152,12 @@ def test_one_key_seen_by_65536_queries(dtype, device):
 
 
 @pytest.mark.parametrize("num_keys", [50, 700])
+@pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize(("step", "noise"), [(1.0, 0.5), (0.01, 0.2), (300.0, 100.0), (0.001, 0.5)])
-def test_rising_scores_are_selected_as_on_a_cpu(step, noise, num_keys, device):
+def test_rising_scores_are_selected_as_on_a_cpu(step, noise, dtype, num_keys, device):
     """Every new key enters: tiles that may be sorted, and some that seem to be such and are not."""
     generator = torch.Generator().manual_seed(0)
-    scores = step * torch.arange(6000.0)[:, None] + noise * torch.randn(2, 6000, 3, generator=generator)
+    scores = step * torch.arange(6000)[:, None] + noise * torch.randn(2, 6000, 3, generator=generator, dtype=dtype)
     scores[0, :5] = torch.inf
     arguments = (None, None, 6000, num_keys, 0, True, False)
     expected = torch.ops.xformers_sparsek.select(scores, *arguments)

@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/fixed_point.h"
 #include "cuda/selection/group.cuh"
 #include "cuda/selection/params.h"
 
@@ -48,33 +49,8 @@ struct Mass {
 
 enum class State { kDropped, kActive, kFractional, kSaturated };
 
-// Scores in units of 2^-62, modulo 4: sums of differences are exact, and so independent of their order.
-__device__ inline uint64_t fixed_point(uint64_t mantissa, int shift, bool negative) {
-  const uint64_t size = shift >= 64 || shift <= -64 ? 0 : shift >= 0 ? mantissa << shift : mantissa >> -shift;
-  return negative ? 0 - size : size;
-}
-
-__device__ inline uint64_t fixed_point(float score) {
-  const uint32_t bits = __float_as_uint(score);
-  const int exponent = bits >> 23 & 0xff;
-  return fixed_point(bits & 0x7fffff | (exponent ? 0x800000 : 0), max(exponent, 1) - 150 + 62, bits >> 31);
-}
-
-__device__ inline uint64_t fixed_point(double score) {
-  const uint64_t bits = __double_as_longlong(score);
-  const int exponent = bits >> 52 & 0x7ff;
-  const uint64_t mantissa = bits & 0xfffffffffffff | (exponent ? 0x10000000000000 : 0);
-  return fixed_point(mantissa, max(exponent, 1) - 1075 + 62, bits >> 63);
-}
-
-// Of scores less than 2 apart.
-template <typename T>
-__device__ int64_t fixed_difference(T a, T b) {
-  return static_cast<int64_t>(fixed_point(a) - fixed_point(b));
-}
-
-// Plain scores are multiples of 2^-50 below 2^37: taken modulo 2^14, 64 bits hold sums of 2^11 differences below 2,
-// which is faster than fixed point.
+// Plain scores are multiples of 2^-50, and 1/2 apart or less: 64 bits hold sums of 2^11 differences below 2, which is
+// faster than fixed point.
 constexpr int kPlainBits = 50;
 constexpr float kLowestPlain = 0x1p-27f;  // but for 0
 __device__ inline bool is_plain(float score) {
@@ -100,14 +76,6 @@ template <typename T>
 __device__ __int128 from_plain(uint64_t plain, int32_t count, T origin) {
   if (count == 0) return 0;
   return static_cast<__int128>(static_cast<int64_t>(plain - count * to_plain(origin))) << (62 - kPlainBits);
-}
-
-__device__ inline double to_double(__int128 fixed) {
-  const bool negative = fixed < 0;
-  const unsigned __int128 size = negative ? -fixed : fixed;
-  const double high = static_cast<double>(static_cast<uint64_t>(size >> 64));
-  const double sum = (high * 0x1p64 + static_cast<double>(static_cast<uint64_t>(size))) * 0x1p-62;
-  return negative ? -sum : sum;
 }
 
 __device__ inline float round_down(double x, float) { return __double2float_rd(x); }
