@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from reference import QUANTITIES, Reference, Results, operator
-from strategies import BF16, F32, Problem
+from strategies import BF16, F32, F64, Problem
 from torch import Tensor
 
 from xformers_sparsek import sparsek_attention
@@ -151,6 +151,20 @@ def test_one_key_seen_by_65536_queries(dtype, device):
     assert torch.equal(out, leaves[2][:, :1].expand_as(out))
     assert (dq.abs() < 1e-2).all() and (dk[:, 1:] == 0).all() and (dv[:, 1:] == 0).all()
     torch.testing.assert_close(dv[0, 0, 0].double(), grad.to(dtype).double().sum((0, 1, 2)), rtol=1e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("num_keys", [50, 700])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(("step", "noise"), [(1.0, 0.5), (0.01, 0.2), (300.0, 100.0), (0.001, 0.5)])
+def test_rising_scores_are_selected_as_on_a_cpu(step, noise, dtype, num_keys, device):
+    """Every new key enters: tiles that may be sorted, and some that seem to be such and are not."""
+    generator = torch.Generator().manual_seed(0)
+    scores = step * torch.arange(6000)[:, None] + noise * torch.randn(2, 6000, 3, generator=generator, dtype=dtype)
+    scores[0, :5] = torch.inf
+    arguments = (None, None, 6000, num_keys, 0, True, False)
+    expected = torch.ops.xformers_sparsek.select(scores, *arguments)
+    for mine, its in zip(torch.ops.xformers_sparsek.select(scores.to(device), *arguments), expected, strict=True):
+        assert torch.equal(mine.cpu(), its)
 
 
 @pytest.mark.parametrize("width", [64, 128])

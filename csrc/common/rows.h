@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SPARSEK_HOST_DEVICE __host__ __device__
-#else
-#define SPARSEK_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace sparsek {
 

@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/fixed_point.h"
+
 namespace sparsek::cpu {
 namespace {
 
@@ -37,20 +39,28 @@ class LowestFirst {
 };
 
 // The same with their sum. All are close to each other when the sum matters, so that it is kept relative to one of
-// them.
+// them, and exactly: what other devices find is the same to the bit.
 class SummedLowestFirst : public LowestFirst {
  public:
-  double sum_above(double base) const { return sum_ - size() * (base - origin_); }
+  // The sum of the scores less the lowest one, over `share`.
+  double excess(int64_t share) const {
+    const __int128 above = sum_ - static_cast<__int128>(size()) * fixed_difference(lowest(), origin_);
+    return to_double(above - (static_cast<__int128>(share) << 62));
+  }
 
   void push(double score) {
     if (empty()) origin_ = score;
     LowestFirst::push(score);
-    update(score - origin_);
+    sum_ += fixed_difference(score, origin_);
   }
 
   double pop() {
     const double score = LowestFirst::pop();
-    update(origin_ - score);
+    sum_ -= fixed_difference(score, origin_);
+    if (!empty() && lowest() - origin_ > 0.5) {  // differences stay below 2
+      sum_ -= static_cast<__int128>(size()) * fixed_difference(lowest(), origin_);
+      origin_ = lowest();
+    }
     return score;
   }
 
@@ -60,19 +70,8 @@ class SummedLowestFirst : public LowestFirst {
   }
 
  private:
-  // Sums afresh after about as many updates as there are scores: rounding errors cannot pile up, at constant cost.
-  void update(double change) {
-    sum_ += change;
-    if (++updates_ <= size() + 64 && !empty()) return;
-    updates_ = 0;
-    sum_ = 0;
-    if (!empty()) origin_ = lowest();
-    for (double score : scores_) sum_ += score - origin_;
-  }
-
   double origin_ = 0;
-  double sum_ = 0;  // of the scores less the origin
-  int64_t updates_ = 0;
+  __int128 sum_ = 0;  // of the scores less the origin, in fixed point
 };
 
 // The projection onto the capped simplex of a growing set of scores. One more candidate can only raise the threshold,
@@ -118,10 +117,9 @@ class SoftSelection {
       if (fractional_.empty() && share >= 0) return;
       const double drop = fractional_.lowest();
       const double soften = saturated_.lowest() - 1;
-      // The solution relative to the lowest fractional score: at 0 its gate is exactly 0, and it is dropped. Where
-      // nothing is left to share, all of them are, however their sum is rounded.
-      const double gap = fractional_.empty() ? 0 : (fractional_.sum_above(drop) - share) / fractional_.size();
-      const bool solved = share > 0 && gap < 0 && drop + gap <= soften;
+      // The solution relative to the lowest fractional score: at 0 its gate is exactly 0, and it is dropped.
+      const double gap = fractional_.empty() ? 0 : fractional_.excess(share) / fractional_.size();
+      const bool solved = gap < 0 && drop + gap <= soften;
       threshold_ = std::max(threshold_, solved ? drop + gap : std::min(drop, soften));
       if (solved) return;
       if (drop <= soften) {

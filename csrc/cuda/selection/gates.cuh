@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/fixed_point.h"
 #include "cuda/selection/group.cuh"
 #include "cuda/selection/params.h"
 
@@ -36,7 +37,7 @@ template <typename Gate>
 struct Nearby {
   Keys<Gate> keys;
   int32_t count;
-  const int64_t* units;  // [count] keys as to_plain gives them, where all are plain, or in fixed point; or null
+  const uint64_t* units;  // [count] keys as to_plain gives them, where all are plain, or in fixed point; or null
   bool plain;
 };
 
@@ -48,64 +49,33 @@ struct Mass {
 
 enum class State { kDropped, kActive, kFractional, kSaturated };
 
-// Scores in units of 2^-62, modulo 4: sums of differences are exact, and so independent of their order.
-__device__ inline uint64_t fixed_point(uint64_t mantissa, int shift, bool negative) {
-  const uint64_t size = shift >= 64 || shift <= -64 ? 0 : shift >= 0 ? mantissa << shift : mantissa >> -shift;
-  return negative ? 0 - size : size;
-}
-
-__device__ inline uint64_t fixed_point(float score) {
-  const uint32_t bits = __float_as_uint(score);
-  const int exponent = bits >> 23 & 0xff;
-  return fixed_point(bits & 0x7fffff | (exponent ? 0x800000 : 0), max(exponent, 1) - 150 + 62, bits >> 31);
-}
-
-__device__ inline uint64_t fixed_point(double score) {
-  const uint64_t bits = __double_as_longlong(score);
-  const int exponent = bits >> 52 & 0x7ff;
-  const uint64_t mantissa = bits & 0xfffffffffffff | (exponent ? 0x10000000000000 : 0);
-  return fixed_point(mantissa, max(exponent, 1) - 1075 + 62, bits >> 63);
-}
-
-// Of scores less than 2 apart.
-template <typename T>
-__device__ int64_t fixed_difference(T a, T b) {
-  return static_cast<int64_t>(fixed_point(a) - fixed_point(b));
-}
-
-// The same, but not modulo 4; of scores below 2^8.
-__device__ inline __int128 wide_fixed_point(float score) {
-  const uint32_t bits = __float_as_uint(score);
-  const int exponent = bits >> 23 & 0xff, shift = max(exponent, 1) - 150 + 62;
-  const __int128 mantissa = bits & 0x7fffff | (exponent ? 0x800000 : 0);
-  const __int128 size = shift <= -64 ? 0 : shift >= 0 ? mantissa << shift : mantissa >> -shift;
-  return bits >> 31 ? -size : size;
-}
-__device__ inline __int128 wide_fixed_point(double) { return 0; }  // not needed: no double is plain
-
-// Plain scores are multiples of 2^-40, and 64 bits hold the sum of 2^14: faster than fixed point.
-constexpr int kPlainBits = 40;
+// Plain scores are multiples of 2^-50, and 1/2 apart or less: 64 bits hold sums of 2^11 differences below 2, which is
+// faster than fixed point.
+constexpr int kPlainBits = 50;
+constexpr float kLowestPlain = 0x1p-27f;  // but for 0
 __device__ inline bool is_plain(float score) {
   const float size = fabsf(score);
-  return (size >= 0x1p-17f && size < 0x1p8f) || size == 0;
+  return (size >= kLowestPlain && size < 0x1p23f) || size == 0;
 }
 __device__ inline bool is_plain(double) { return false; }
-__device__ inline int64_t to_plain(float score) { return __float2ll_rz(score * 0x1p40f); }
-__device__ inline int64_t to_plain(double) { return 0; }
+__device__ inline uint64_t to_plain(float score) {
+  const int32_t bits = __float_as_int(score), size = score == 0 ? 0 : bits & 0x7fffff | 0x800000;
+  return static_cast<uint64_t>(static_cast<int64_t>(bits < 0 ? -size : size))
+         << ((bits >> 23 & 0xff) - 150 + kPlainBits & 63);
+}
+__device__ inline uint64_t to_plain(double) { return 0; }
+
+// Of a score that plain ones are to be summed relative to: a plain score that is hardly lower.
+__device__ inline float plain_origin(float score) {
+  return fabsf(score) >= kLowestPlain ? score : score < 0 ? -kLowestPlain : 0;
+}
+__device__ inline double plain_origin(double score) { return score; }
 
 // The sum of `count` plain scores less the origin, in fixed point.
 template <typename T>
-__device__ __int128 from_plain(int64_t plain, int32_t count, T origin) {
+__device__ __int128 from_plain(uint64_t plain, int32_t count, T origin) {
   if (count == 0) return 0;
-  return (static_cast<__int128>(plain) << (62 - kPlainBits)) - count * wide_fixed_point(origin);
-}
-
-__device__ inline double to_double(__int128 fixed) {
-  const bool negative = fixed < 0;
-  const unsigned __int128 size = negative ? -fixed : fixed;
-  const double high = static_cast<double>(static_cast<uint64_t>(size >> 64));
-  const double sum = (high * 0x1p64 + static_cast<double>(static_cast<uint64_t>(size))) * 0x1p-62;
-  return negative ? -sum : sum;
+  return static_cast<__int128>(static_cast<int64_t>(plain - count * to_plain(origin))) << (62 - kPlainBits);
 }
 
 __device__ inline float round_down(double x, float) { return __double2float_rd(x); }
@@ -152,7 +122,7 @@ struct SoftGate {
   // Keys that stay saturated or fractional throughout an interval of levels.
   struct Settled {
     __int128 sum = 0;       // of the fractional scores less the origin, in fixed point
-    int64_t plain = 0;      // of plain ones, in units of 2^-40: not in `sum` until reduced
+    uint64_t plain = 0;     // of plain ones: not in `sum` until reduced
     int32_t num_plain = 0;  // of these
     Real total = 0;         // `sum` once reduced
     T origin = 0;
@@ -175,7 +145,7 @@ struct SoftGate {
       lowest = lower_of(lowest, key);
       if (is_plain(key)) {
         plain += to_plain(key);
-        if (++num_plain == 1 << 14) add_plain();
+        if (++num_plain == 1 << 11) add_plain();
       } else {
         sum += fixed_difference(key, origin);
       }
@@ -207,7 +177,7 @@ struct SoftGate {
     // fractional within 2 of the origin, as fixed point demands.
     __device__ static Settled none(T origin) {
       Settled settled;
-      settled.origin = origin;
+      settled.origin = plain_origin(origin);
       return settled;
     }
     __device__ T origin_within(Level low) const { return fractional > 0 ? origin : low; }
@@ -235,32 +205,45 @@ struct SoftGate {
 template <typename T>
 struct Census {
   int32_t saturated, fractional;
-  __int128 sum;     // of the fractional scores less the origin, in fixed point
-  uint64_t origin;  // in fixed point
   T lowest = SoftGate<T>::kHighest, highest = SoftGate<T>::kLowest;  // fractional score
   T highest_dropped;
   T lowest_saturated = SoftGate<T>::kHighest;
+};
+
+// Of keys visited one by one.
+template <typename T>
+struct CountedCensus : Census<T> {
+  __int128 sum;     // of the fractional scores less the origin, in fixed point
+  uint64_t origin;  // in fixed point
 
   // The settled fractional scores, of which no other may be counted yet.
   __device__ void start(const typename SoftGate<T>::Settled& settled, T low, uint64_t origin_) {
     origin = origin_;
-    saturated = settled.saturated;
-    fractional = settled.fractional;
-    lowest = settled.lowest;
-    highest_dropped = low;
-    sum = settled.sum + static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(settled.origin) - origin);
+    this->saturated = settled.saturated;
+    this->fractional = settled.fractional;
+    this->lowest = settled.lowest;
+    this->highest_dropped = low;
+    sum = settled.sum +
+          static_cast<__int128>(settled.fractional) * static_cast<int64_t>(fixed_point(settled.origin) - origin);
+  }
+
+  // Of the fractional gates' sum at the lowest fractional score, over `share`. The sign is exact.
+  __device__ double excess(int64_t share) const {
+    const __int128 above =
+        sum - static_cast<__int128>(this->fractional) * static_cast<int64_t>(fixed_point(this->lowest) - origin);
+    return to_double(above - (static_cast<__int128>(share) << 62));
   }
 };
 
 // From count(dropped_to, saturated_from), a census of the keys in between.
 template <typename T, typename Count>
-__device__ T find_root(const Count& count, T low, T high, T guess, int64_t num_keys) {
+__device__ T find_root(const Count& count, double low, double high, T guess, int64_t num_keys) {
   constexpr int kMaxSteps = 256;
   double a = low, b = high, at = guess;
   bool last = false;  // a and b are next to each other
   for (int step = 0; step < kMaxSteps; ++step) {
     // For T = float the comparisons with these bounds are exact.
-    const Census<T> census = count(round_down(at, T()), round_up(at + 1, T()));
+    const auto census = count(round_down(at, T()), round_up(at + 1, T()));
     const int32_t fractional = census.fractional;
     T lowest = census.lowest;
     const int64_t share = num_keys - census.saturated;  // what the fractional gates must sum to
@@ -272,10 +255,8 @@ __device__ T find_root(const Count& count, T low, T high, T guess, int64_t num_k
       lowest = SoftGate<T>::kHighest;
     } else if (fractional > 0) {
       // Relative to the lowest fractional score: its own gate decides, by an exact sign, whether it is one.
-      const __int128 above =
-          census.sum - static_cast<__int128>(fractional) * static_cast<int64_t>(fixed_point(lowest) - census.origin);
-      const __int128 excess = above - (static_cast<__int128>(share) << 62);
-      root = lowest + to_double(excess) / fractional;
+      const double excess = census.excess(share);
+      root = lowest + excess / fractional;
       solved |= excess < 0 && root >= census.highest_dropped &&
                 root <= static_cast<double>(census.lowest_saturated) - 1 &&
                 root >= static_cast<double>(census.highest) - 1;
@@ -294,7 +275,7 @@ __device__ T find_root(const Count& count, T low, T high, T guess, int64_t num_k
       last = true;
     }
   }
-  return low;  // not reached
+  return guess;  // not reached
 }
 
 template <typename T>
@@ -319,9 +300,10 @@ __device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& s
     guess = next >= a && next <= b ? next : middle(a, b);
   }
   const auto count = [&](T dropped_to, T saturated_from) {
-    Census<T> census;
+    CountedCensus<T> census;
     // Everything fractional lies within 2 of this origin, or is the same number.
-    census.start(settled, low, fixed_point(dropped_to));
+    const T origin = plain_origin(dropped_to);
+    census.start(settled, low, fixed_point(origin));
     const auto visit = [&](T key) {
       const bool is_dropped = !(key > dropped_to), is_saturated = key >= saturated_from;
       const bool is_fractional = !is_dropped && !is_saturated;
@@ -334,15 +316,15 @@ __device__ T SoftGate<T>::solve(const Nearby<SoftGate>& nearby, const Settled& s
       return is_fractional;
     };
     if (nearby.plain) {
-      int64_t plain = 0;
+      uint64_t plain = 0;
 #pragma unroll 4
       for (int32_t i = 0; i < nearby.count; ++i) plain += visit(nearby.keys.levels[i]) ? nearby.units[i] : 0;
-      census.sum += from_plain(plain, census.fractional - settled.fractional, dropped_to);
+      census.sum += from_plain(plain, census.fractional - settled.fractional, origin);
     } else {
 #pragma unroll 1
       for (int32_t i = 0; i < nearby.count; ++i) {
         const T key = nearby.keys[i];
-        const uint64_t fixed = nearby.units != nullptr ? static_cast<uint64_t>(nearby.units[i]) : fixed_point(key);
+        const uint64_t fixed = nearby.units != nullptr ? nearby.units[i] : fixed_point(key);
         if (visit(key)) census.sum += static_cast<int64_t>(fixed - census.origin);
       }
     }

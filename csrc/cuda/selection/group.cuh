@@ -32,6 +32,10 @@ struct WarpGroup {
     for (uint32_t& value : x) value = __reduce_add_sync(kAllLanes, value);
   }
 
+  __device__ void bound(float& lowest, float& highest) const {
+    lowest = from_ordered(__reduce_min_sync(kAllLanes, to_ordered(lowest)));
+    highest = from_ordered(__reduce_max_sync(kAllLanes, to_ordered(highest)));
+  }
   template <typename Level>
   __device__ void bound(Level& lowest, Level& highest) const {
 #pragma unroll 1
@@ -52,6 +56,13 @@ struct WarpGroup {
     memcpy(&y, words, sizeof(Level));
     return y;
   }
+
+  // Integers that compare as the scores do.
+  __device__ static int to_ordered(float score) {
+    const int bits = __float_as_int(score);
+    return bits < 0 ? bits ^ 0x7fffffff : bits;
+  }
+  __device__ static float from_ordered(int x) { return __int_as_float(x < 0 ? x ^ 0x7fffffff : x); }
 };
 
 template <int kThreads>
@@ -106,6 +117,22 @@ struct BlockGroup {
     const int other = lane() < kWarps ? counts[lane()] : 0;
     total = __reduce_add_sync(kAllLanes, other);
     return __reduce_add_sync(kAllLanes, lane() < warp() ? other : 0);
+  }
+
+  // Sum over the threads before this one, modulo 2^64.
+  __device__ uint64_t before_thread(uint64_t x) {
+    uint64_t sum = x;
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const uint64_t other = __shfl_up_sync(kAllLanes, sum, distance);
+      if (lane() >= distance) sum += other;
+    }
+    uint64_t* sums = slots<uint64_t, 1>();
+    if (lane() == kWarpSize - 1) sums[warp()] = sum;
+    __syncthreads();
+    uint64_t before = sum - x;
+    for (int i = 0; i < warp(); ++i) before += sums[i];
+    return before;
   }
 
  private:

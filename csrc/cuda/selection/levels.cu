@@ -7,6 +7,7 @@
 #include "cuda/selection/group.cuh"
 #include "cuda/selection/params.h"
 #include "cuda/selection/run.cuh"
+#include "cuda/selection/sorted.cuh"
 
 namespace sparsek::cuda {
 namespace {
@@ -23,6 +24,8 @@ template <typename Gate>
 constexpr int kChunkOf = kChunk<typename Gate::Score, Gate::kHard>;
 template <typename Gate>
 constexpr int kMaxSurvivorsOf = kMaxSurvivors<typename Gate::Score, Gate::kHard>;
+template <typename Gate>
+constexpr int64_t kCapacity = kMaxSurvivorsOf<Gate> + kChunkOf<Gate>;  // keys that a list may hold
 template <typename Gate>
 using Params = LevelParams<typename Gate::Score, Gate::kHard>;
 
@@ -114,6 +117,10 @@ __global__ void __launch_bounds__(kWalkThreads) find_survivors(Params<Gate> para
   }
 }
 
+// Where tiles may be solved by sorting.
+template <typename Gate>
+constexpr bool kSorts = std::is_same_v<Gate, SoftGate<float>>;
+
 // Shared memory of a tile.
 template <typename Gate, int kTile>
 struct TileMemory {
@@ -122,6 +129,7 @@ struct TileMemory {
   using Level = typename Gate::Level;
   static constexpr int kScratch = BlockGroup<kTileThreads>::kScratch;
   using Nearby = NearbyMemory<Gate>;
+  using Sorted = SortedMemory<2 * kTile>;
   Nearby* nearby;         // [kWarps]
   char* scratch;          // of the block
   uint32_t* step_counts;  // [kSteps] keys above Tile::lower, later: above Tile::low
@@ -135,8 +143,21 @@ struct TileMemory {
         results(reinterpret_cast<Level*>(step_counts + kSteps)),
         list(results + kTile + 1) {}
 
-  static int64_t bytes(int64_t listed) {
-    return kWarps * sizeof(Nearby) + kScratch + kSteps * sizeof(uint32_t) + (kTile + 1 + listed) * sizeof(Level);
+  // Past the first `listed` keys; null where there is no room.
+  __device__ Sorted* sorted(int32_t listed, int64_t keys) const {
+    const auto place = reinterpret_cast<uintptr_t>(list + listed) + alignof(Sorted) - 1;
+    auto* const sorted = reinterpret_cast<Sorted*>(place / alignof(Sorted) * alignof(Sorted));
+    return reinterpret_cast<Level*>(sorted + 1) <= list + room(keys) ? sorted : nullptr;
+  }
+
+  // Of the list, where sequences have no more than `keys` keys.
+  __host__ __device__ static int64_t room(int64_t keys) {
+    constexpr int64_t kToSort = 3 * kTile + sizeof(Sorted) / sizeof(Level) + 1;
+    const int64_t listed = keys < kCapacity<Gate> ? keys : kCapacity<Gate>;
+    return kSorts<Gate> && keys > kTile && listed < kToSort ? kToSort : listed;
+  }
+  static int64_t bytes(int64_t keys) {
+    return kWarps * sizeof(Nearby) + kScratch + kSteps * sizeof(uint32_t) + (kTile + 1 + room(keys)) * sizeof(Level);
   }
 };
 
@@ -261,11 +282,15 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   // candidates each one counts: Tile::low is below them all.
   const auto enters = [&](Level key) { return key > tile.low; };
   int32_t entering = count;  // else every key does, for simplicity
+  bool rises = true;         // its keys seem to arrive saturated: levels are guessed to rise evenly
   if (shortened) {
 #pragma unroll 1
     for (int step = block.warp(); step < kSteps; step += kWarps) {
-      const int num_entering = __popc(__ballot_sync(kAllLanes, enters(own_key(step))));
+      const Level key = own_key(step);
+      const int num_entering = __popc(__ballot_sync(kAllLanes, enters(key)));
       if (block.lane() == 0) step_counts[step] = num_entering;
+      if constexpr (kSorts<Gate>)
+        rises &= !enters(key) || key - Gate::between(tile.low, tile.high, step / static_cast<float>(kSteps)) >= 1;
     }
     settled.reduce(block);
     tile.settled = settled;
@@ -275,13 +300,19 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
     entering = counted_before(kSteps);
     list_own(shared.list + old, enters);
   }
-  __syncthreads();
+  rises = __syncthreads_and(rises);
 
   // Result e is that after `e` keys have entered. Number 0 is not needed if the first key does.
   const int first_result = !shortened || enters(load(begin - chunk_begin)) ? 1 : 0;
   const int num_results = entering + 1 - first_result;
+  bool solved = false;
+  if constexpr (kSorts<Gate>) {
+    auto* const sorted = shared.sorted(old + entering, sequences.keys);
+    if (rises && shortened && num_results > kTileThreads && survey.pinned < tile.num_keys && sorted != nullptr)
+      solved = solve_sorted(block, tile, {old, entering, first_result, survey_old.count}, *sorted, shared.results);
+  }
 #pragma unroll 1
-  for (int run = block.warp(); run * kWarpSize < num_results; run += kWarps) {
+  for (int run = block.warp(); !solved && run * kWarpSize < num_results; run += kWarps) {
     const int before = run * kWarpSize;  // keys that have entered before those of this run
     Run<Gate> own;
     own.share = (before + kWarpSize / 2) / static_cast<float>(num_results);
@@ -321,14 +352,10 @@ __global__ void __launch_bounds__(kTileThreads, 3) solve_tiles(Params<Gate> para
   }
 }
 
-template <typename Gate>
-constexpr int64_t kCapacity = kMaxSurvivorsOf<Gate> + kChunkOf<Gate>;
-
 template <typename Gate, int kTile>
 void launch_tiles(const Params<Gate>& params, int64_t tiles, cudaStream_t stream) {
-  const int64_t listed = std::min(kCapacity<Gate>, params.sequences.keys);
-  launch("solve_tiles", solve_tiles<Gate, kTile>, tiles, kTileThreads, TileMemory<Gate, kTile>::bytes(listed), stream,
-         params);
+  launch("solve_tiles", solve_tiles<Gate, kTile>, tiles, kTileThreads,
+         TileMemory<Gate, kTile>::bytes(params.sequences.keys), stream, params);
 }
 
 template <typename Gate>

@@ -61,7 +61,7 @@ constexpr int kMaxNearby = 96;  // keys that a warp looks at closely, before tho
 // Of one warp, in shared memory.
 template <typename Gate>
 struct NearbyMemory {
-  int64_t units[kMaxNearby + kWarpSize];
+  uint64_t units[kMaxNearby + kWarpSize];
   typename Gate::Level keys[kMaxNearby + kWarpSize];
 };
 
@@ -162,7 +162,7 @@ __device__ typename Gate::Level solve_run(const Tile<Gate>& tile, const Run<Gate
       nearby.plain = __all_sync(kAllLanes, plain);
       for (int i = warp.rank; i < listed; i += kWarpSize) {
         const Level key = own.nearby->keys[i];
-        own.nearby->units[i] = nearby.plain ? to_plain(key) : static_cast<int64_t>(fixed_point(key));
+        own.nearby->units[i] = nearby.plain ? to_plain(key) : fixed_point(key);
       }
     }
     __syncwarp();
