@@ -7,6 +7,11 @@
 
 namespace sparsek::cuda::sm90 {
 
+// Bytes from a query, or a query head of a pack, to the next.
+struct RowSteps {
+  uint32_t query, head;
+};
+
 // Rows are the queries of a pack of heads: row r is query r / heads and query head r % heads of the pack. `scores` of
 // the parameters is not set: the kernel reads the columns.
 struct ShortForwardArguments {
@@ -17,7 +22,8 @@ struct ShortForwardArguments {
   int64_t rows;        // of a pack
   int64_t splits;      // CTAs that share the rows of a pack
   int64_t split_rows;  // of a CTA, a multiple of the rows that it attends with at once
-  float factor;        // logits are factor * (q . k), in base 2
+  RowSteps query_steps, out_steps;
+  float factor;  // logits are factor * (q . k), in base 2
 };
 
 }  // namespace sparsek::cuda::sm90

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   }
   __syncthreads();
   ShortConsumer<Traits> consumer(a, work, shared);
-  consumer.load_queries(static_cast<int>(threadIdx.x) / 128 * Traits::kTileRows);
+  consumer.load_queries(0);
   const int32_t units = gates.list(shared);
   consumer.run(units, gates.threshold());
 }

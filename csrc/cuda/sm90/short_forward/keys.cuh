@@ -8,11 +8,11 @@
 
 namespace sparsek::cuda::sm90 {
 
-// Rows of one pack of heads, at least one.
+// Rows of one pack of heads, at least one. All that is below is relative to the first of them.
 struct ShortWork {
   int64_t batch, group;
   int64_t head;   // first query head
-  int64_t begin;  // first row
+  int64_t query;  // of the first row
   int32_t rows;
 
   __device__ explicit ShortWork(const ShortForwardArguments& a) {
@@ -21,7 +21,8 @@ struct ShortWork {
     batch = divide(key_head, p.groups);
     group = key_head - batch * p.groups;
     head = group * p.heads_per_group + ((pack - key_head * a.packs) << a.log_heads);
-    begin = (blockIdx.x - pack * a.splits) * a.split_rows;
+    const int64_t begin = (blockIdx.x - pack * a.splits) * a.split_rows;  // of a query's first head
+    query = begin >> a.log_heads;
     rows = static_cast<int32_t>(min(a.split_rows, a.rows - begin));
   }
 };
@@ -46,12 +47,13 @@ class ShortGates {
         score_[i] = first_ + 32 * i < keys && expiry[first_ + 32 * i] == kNever ? INFINITY : -INFINITY;
       return;
     }
+    const char* column_of_scores = a.columns.row(work.batch, 0, work.group);
     with_stored(a.columns.dtype, [&](auto stored) {
       using Stored = typename decltype(stored)::type;
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         const int32_t key = first_ + 32 * i;
-        score_[i] = key < keys ? read<float, Stored>(a.columns.row(work.batch, key, work.group), 0) : -INFINITY;
+        score_[i] = key < keys ? read<float, Stored>(column_of_scores, key * a.columns.stride[1]) : -INFINITY;
       }
     });
   }
@@ -83,7 +85,8 @@ class ShortGates {
       const int32_t mine = slot + __popc(votes[i] & ((1u << lane) - 1));
       if (votes[i] >> lane & 1) {
         s.keys[mine] = first_ + 32 * i;
-        s.bias[mine] = log2f(__saturatef(score_[i] - threshold));
+        const float gate = score_[i] - threshold;
+        s.bias[mine] = gate < 1.0f ? __log2f(gate) : 0.0f;
       }
       slot += __popc(votes[i]);
     }
