@@ -27,49 +27,42 @@ __device__ inline void pack_weights(const float (&weights)[32], uint32_t (&packe
     for (int i = 0; i < 4; ++i) packed[k][i] = pack<Element>(weights[8 * k + 2 * i], weights[8 * k + 2 * i + 1]);
 }
 
-// Stores this warp's 16 rows of the output, row r to row_of(r), where that is not null: `chunks` of 8 elements each, as
-// floats or, by way of the shared memory at `place`, so that each row goes out in whole, as elements. That memory is
-// this warp's rows of a tile of 64-element columns in the 128-byte swizzle; `stride` leads from one column to the next.
-template <typename Element, int kWidth, typename RowOf>
-__device__ inline void store_rows(const float (&out)[kWidth / 2], bool as_floats, int chunks, uint32_t place,
-                                  uint32_t stride, const RowOf& row_of) {
-  const int lane = threadIdx.x % 32;
-  if (as_floats) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float2* row = reinterpret_cast<float2*>(row_of(lane / 4 + 8 * h));
-      if (row == nullptr) continue;
-#pragma unroll
-      for (int j = 0; j < kWidth / 8; ++j)
-        if (j < chunks) row[4 * j + lane % 4] = {out[4 * j + 2 * h], out[4 * j + 2 * h + 1]};
-    }
-    return;
-  }
-  const auto chunk_of = [&](int row, int chunk) {
+// A warp's 16 rows in shared memory at `place`: its part of a tile of 64-element columns in the 128-byte swizzle;
+// `stride` leads from one column to the next.
+struct WarpRows {
+  uint32_t place, stride;
+
+  __device__ uint32_t chunk_of(int row, int chunk) const {
     return place + chunk / 8 * stride + row * 128 + (chunk ^ row) % 8 * 16;
-  };
+  }
+};
+
+// Writes this warp's 16 rows there.
+template <typename Element, int kWidth>
+__device__ inline void stage_rows(const float (&out)[kWidth / 2], const WarpRows& rows) {
+  const int lane = threadIdx.x % 32;
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < kWidth / 8; j += 2) {
     const uint32_t pairs[4] = {pack<Element>(out[4 * j], out[4 * j + 1]), pack<Element>(out[4 * j + 2], out[4 * j + 3]),
                                pack<Element>(out[4 * j + 4], out[4 * j + 5]),
                                pack<Element>(out[4 * j + 6], out[4 * j + 7])};
-    store_matrices(chunk_of(lane % 16, j + lane / 16), pairs);
+    store_matrices(rows.chunk_of(lane % 16, j + lane / 16), pairs);
   }
-  __syncwarp();
-  constexpr int kChunks = kWidth / 8, kRowsAtOnce = 32 / kChunks, kSteps = 16 / kRowsAtOnce;
-  const int chunk = lane % kChunks;
-  uint4 x[kSteps];
-  uint4* to[kSteps];
+}
+
+// Stores this warp's 16 rows of the output as floats, `chunks` of 8 each, row r to row_of(r) where that is not null.
+template <int kWidth, typename RowOf>
+__device__ inline void store_floats(const float (&out)[kWidth / 2], int chunks, const RowOf& row_of) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int row = i * kRowsAtOnce + lane / kChunks;
-    to[i] = reinterpret_cast<uint4*>(row_of(row));
-    load_shared_16(x[i], chunk_of(row, chunk));
+  for (int h = 0; h < 2; ++h) {
+    float2* row = reinterpret_cast<float2*>(row_of(lane / 4 + 8 * h));
+    if (row == nullptr) continue;
+#pragma unroll
+    for (int j = 0; j < kWidth / 8; ++j)
+      if (j < chunks) row[4 * j + lane % 4] = {out[4 * j + 2 * h], out[4 * j + 2 * h + 1]};
   }
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i)
-    if (to[i] != nullptr && chunk < chunks) to[i][chunk] = x[i];
 }
 
 }  // namespace sparsek::cuda::sm90

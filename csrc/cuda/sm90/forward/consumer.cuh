@@ -218,12 +218,27 @@ class Consumer {
 
   // Stores this warp's 16 rows: by way of its queries' shared memory, so that each row goes out in whole.
   __device__ void store(const Sums& out) const {
-    const int first = index_ * 64 + threadIdx.x % 128 / 32 * 16;
+    const int lane = threadIdx.x % 32, first = index_ * 64 + threadIdx.x % 128 / 32 * 16;
     const typename Traits::Row* rows = &s_.rows[query_stage_][first];
-    store_rows<Element, Traits::kWidth>(out, a_.params.out.element_size != sizeof(Element),
-                                        static_cast<int>(a_.params.out.width) / 8,
-                                        shared_address(s_.query[query_stage_]) + first * 128, Traits::kRows * 128,
-                                        [&](int row) { return rows[row].out; });
+    const int chunks = static_cast<int>(a_.params.out.width) / 8;
+    if (a_.params.out.element_size != sizeof(Element))
+      return store_floats<Traits::kWidth>(out, chunks, [&](int row) { return rows[row].out; });
+    const WarpRows staged{shared_address(s_.query[query_stage_]) + first * 128, Traits::kRows * 128};
+    stage_rows<Element, Traits::kWidth>(out, staged);
+    __syncwarp();
+    constexpr int kChunks = Traits::kWidth / 8, kRowsAtOnce = 32 / kChunks, kSteps = 16 / kRowsAtOnce;
+    const int chunk = lane % kChunks;
+    uint4 x[kSteps];
+    uint4* to[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int row = i * kRowsAtOnce + lane / kChunks;
+      to[i] = reinterpret_cast<uint4*>(rows[row].out);
+      load_shared_16(x[i], staged.chunk_of(row, chunk));
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (to[i] != nullptr && chunk < chunks) to[i][chunk] = x[i];
   }
 
   __device__ static void wait(uint64_t& barrier, uint32_t phase) {

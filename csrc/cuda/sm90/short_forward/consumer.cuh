@@ -1,4 +1,4 @@
-// A warpgroup, which attends with 64 of the rows that its CTA takes at once.
+// A consumer: a warpgroup that attends with 64 rows of a job at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,9 +8,7 @@
 
 #include "cuda/sm90/accumulators.cuh"
 #include "cuda/sm90/ptx.cuh"
-#include "cuda/sm90/short_forward/keys.cuh"
 #include "cuda/sm90/short_forward/traits.cuh"
-#include "cuda/sm90/units.cuh"
 #include "cuda/sm90/wgmma.cuh"
 
 namespace sparsek::cuda::sm90 {
@@ -20,218 +18,174 @@ class ShortConsumer {
  public:
   using Element = typename Traits::Element;
   using Shared = typename Traits::Shared;
-  using Stage = typename Traits::Stage;
   using Sums = float[Traits::kWidth / 2];
 
-  __device__ ShortConsumer(const ShortForwardArguments& a, const ShortWork& work, Shared& shared)
-      : a_(a), work_(work), s_(shared), index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)) {}
+  __device__ ShortConsumer(const ShortForwardArguments& a, Shared& shared)
+      : a_(a), s_(shared), index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128 - 1, 0)) {}
 
-  // Starts to bring the queries of a tile.
-  __device__ void load_queries(int32_t tile) const {
-    constexpr int kChunks = Traits::kWidth / 8, kRowsOfLane = 16 / (32 / kChunks);
-    const int lane = threadIdx.x % 32, chunk = lane % kChunks;
-    const int first = lane / kChunks * kRowsOfLane;  // row of the warp
-    const int32_t row = first_row(tile) + first;
-    const uint32_t column =
-        warp_rows(tile) + chunk / 8 * (Traits::kTileRows * 128) + first * 128 + (chunk ^ first) % 8 * 16;
-    const bool inside = chunk * 8 < a_.params.query.width;
-    const char* base =
-        a_.params.query.row(work_.batch, work_.query, work_.head) + (inside ? chunk : 0) * 8 * sizeof(Element);
-    asm volatile("" : "+l"(base));  // one addition a row, not two
-    __syncwarp();                   // rows of the output before have left
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i)
-      copy_async_16((column ^ i % 8 * 16) + i * 128, base + offset(a_.query_steps, row + i), inside);
-    barrier_arrive_after_copies(s_.query_full[index_][tile % 2]);
-  }
-
-  __device__ void run(int32_t units, float threshold) {
-    units_ = units;
-    tiles_ = (work_.rows + Traits::kRows - 1) / Traits::kRows;
-    const Ring keys = key_ring(), values = value_ring();
-    const int32_t loaded = min(units, Traits::kStages);
-    for (int32_t unit = 0; unit < loaded; ++unit) {
-      if (brings(keys, unit)) load(keys, unit, unit);
-      if (brings(values, unit)) load(values, unit, unit);
+  __device__ void run() {
+    RingPlace<2> place;
+    for (int64_t index = blockIdx.x; index < a_.jobs; index += gridDim.x, place.advance()) {
+      barrier_wait(s_.job_full[place.stage], place.phase);
+      run_job(s_.jobs[place.stage]);
+      release(s_.job_empty[place.stage]);
     }
-    if (units <= Traits::kStages) {
-      for (int32_t unit = 0; unit < units; ++unit) {
-        barrier_wait(s_.key_full[unit], 0);
-        barrier_wait(s_.value_full[unit], 0);
-      }
-      run_tiles<false>(threshold);
-    } else {
-      run_tiles<true>(threshold);
-    }
+    if (threadIdx.x % 32 == 0) bulk_wait_read();  // shared memory ends with the CTA
   }
 
  private:
-  static constexpr int kCopied = Traits::kSlots / 4;  // rows of a unit that a warp copies
-  using Copier = RowCopier<Traits, Traits::kWidth, kCopied>;
+  using Job = typename Traits::Job;
   struct RowState {
     float reference[2];  // what logits are taken relative to: their maximum so far, or less by up to kLeeway
     float sum[2];        // this thread's part
   };
 
-  // This warp's first row of a tile, and where the queries of its rows are, and the output on its way out.
-  __device__ int32_t first_row(int32_t tile) const {
-    return tile * Traits::kRows + static_cast<int32_t>(threadIdx.x) / 32 * 16;
-  }
-  __device__ uint32_t warp_rows(int32_t tile) const {
-    return shared_address(s_.query[index_][tile % 2]) + threadIdx.x % 128 / 32 * (16 * 128);
-  }
-  // Of a row in bytes. Those that do not exist are the last one once more: they store the same.
-  __device__ uint64_t offset(const RowSteps& steps, int32_t row) const {
-    const uint32_t r = min(row, work_.rows - 1);
-    return uint64_t{r >> a_.log_heads} * steps.query + uint64_t{r & ((1u << a_.log_heads) - 1)} * steps.head;
-  }
-
-  // The stages of the keys or the values. Units that all fit stay where they are, the first in the first stage; else
-  // they come again for each tile, and each turn over the stages is another phase.
-  struct Ring {
-    const Rows& rows;
-    Copier copier;
-    Stage (&memory)[Traits::kStages];
-    uint64_t (&full)[Traits::kStages], (&empty)[Traits::kStages];
-    int which;                       // keys and values take turns on the warpgroups
-    int stage = 0;                   // of the next product
-    uint32_t phase = 0;              //
-    int32_t step = 0;                // products so far
-    int32_t unit = Traits::kStages;  // the next to be brought
-
-    __device__ void wait() const { barrier_wait(full[stage], phase); }
-  };
-  __device__ Ring key_ring() const {
-    return {a_.params.key, Copier(a_.params.key), s_.key, s_.key_full, s_.key_empty, 0};
-  }
-  __device__ Ring value_ring() const {
-    return {a_.params.value, Copier(a_.params.value), s_.value, s_.value_full, s_.value_empty, 1};
-  }
-
-  // Whether this warpgroup is to bring a unit, and the start of that.
-  __device__ bool brings(const Ring& ring, int32_t unit) const {
-    return (2 * unit + ring.which) % Traits::kWarpgroups == index_;
-  }
-  __device__ void load(const Ring& ring, int32_t unit, int stage) const {
-    ring.copier.copy(s_.keys + unit * Traits::kSlots + threadIdx.x % 128 / 32 * kCopied, true,
-                     ring.rows.row(work_.batch, 0, work_.group), shared_address(ring.memory[stage]));
-    barrier_arrive_after_copies(ring.full[stage]);
-  }
-
-  // After a product. A stage is filled again once the product after that is done too: then nobody waits long for the
-  // slowest warpgroup.
-  template <bool kStreams>
-  __device__ void advance_ring(Ring& ring) const {
-    if constexpr (kStreams) {
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty[ring.stage]);
-      if (ring.step > 0 && ring.step - 1 + Traits::kStages < tiles_ * units_) {
-        if (brings(ring, ring.unit)) {
-          const int stage = ring.stage == 0 ? Traits::kStages - 1 : ring.stage - 1;
-          barrier_wait(ring.empty[stage], (ring.step - 1) / Traits::kStages % 2);
-          load(ring, ring.unit, stage);
-        }
-        if (++ring.unit == units_) ring.unit = 0;
+  __device__ void run_job(const Job& job) {
+    const int32_t rows = job.rows;
+    units_ = job.units;
+    const bool stay = units_ <= Traits::kStages;  // else they come again for each tile
+    const auto begin = place_;
+    for (int32_t row = index_ * Traits::kTileRows, left = rows; left > 0; row += Traits::kRows, left -= Traits::kRows) {
+      fresh_ = !stay || left == rows;
+      done_ = !stay || left <= Traits::kRows;
+      if (stay) place_ = begin;
+      barrier_wait(s_.query_full[index_][query_place_.stage], query_place_.phase);
+      if (row < rows) {
+        run_tile(job, row);
+      } else {
+        pass_over();
       }
-      ++ring.step;
-      if (++ring.stage == Traits::kStages) ring.stage = 0, ring.phase ^= 1;
-    } else {
-      ++ring.stage;
+      query_place_.advance();
+      leaves_ = true;
     }
   }
 
-  template <bool kStreams>
-  __device__ void run_tiles(float threshold) {
-    Ring keys = key_ring(), values = value_ring();
-    for (int32_t tile = 0; tile < tiles_; ++tile) {
-      if (tile + 1 < tiles_) load_queries(tile + 1);
-      RowState state{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-      Sums out;
+  // Frees the queries of the tile before, once the output in their place has left.
+  __device__ void release_queries() const {
+    if (leaves_ && threadIdx.x % 32 == 0) {
+      bulk_wait_read();
+      barrier_arrive(s_.query_empty[index_][query_place_.stage ^ 1]);
+    }
+  }
+
+  // For a tile without rows.
+  __device__ void pass_over() {
+    release_queries();
+    for (int32_t unit = 0; unit < units_; ++unit, place_.advance()) {
+      if (fresh_) barrier_wait(s_.full[place_.stage], place_.phase);
+      if (done_) release(s_.empty[place_.stage]);
+    }
+  }
+
+  __device__ void run_tile(const Job& job, int32_t row) {
+    RowState state{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    Sums out;
 #pragma unroll
-      for (float& x : out) x = 0.0f;
-      barrier_wait(s_.query_full[index_][tile % 2], tile / 2 % 2);
-      if (!kStreams) {
-        keys.stage = values.stage = 0;
-        fence_async_proxy();
-      }
-      if (units_ > 0) attend<kStreams>(keys, values, shared_address(s_.query[index_][tile % 2]), state, out);
+    for (float& x : out) x = 0.0f;
+    if (units_ > 0) {
+      attend(state, out);
+    } else {
+      release_queries();
+    }
+    row += threadIdx.x % 128 / 32 * 16;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) normalize(first_row(tile) + threadIdx.x % 32 / 4 + 8 * h, h, threshold, state, out);
-      store(tile, out);
+    for (int h = 0; h < 2; ++h) normalize(job, row + threadIdx.x % 32 / 4 + 8 * h, h, state, out);
+    store(job, row, out);
+  }
+
+  __device__ void store(const Job& job, int32_t row, const Sums& out) const {
+    const Rows& rows = a_.params.out;
+    if (rows.element_size != sizeof(Element)) {
+      store_floats<Traits::kWidth>(out, static_cast<int>(rows.width) / 8, [&](int i) -> char* {
+        const int32_t r = row + i, head = r & ((1 << a_.log_heads) - 1);
+        return r < job.rows ? rows.row(job.batch, job.query + (r >> a_.log_heads), job.head + head) : nullptr;
+      });
+      return;
+    }
+    const uint32_t place = shared_address(s_.query[index_][query_place_.stage]) + threadIdx.x % 128 / 32 * (16 * 128);
+    constexpr uint32_t kColumn = Traits::kTileRows * 128;
+    stage_rows<Element, Traits::kWidth>(out, {place, kColumn});
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      for (int column = 0; column < rows.width; column += 64)
+        store_tile(&a_.out, column, job.head, job.query + (row >> a_.log_heads), job.batch,
+                   place + column / 64 * kColumn);
+      bulk_commit();
     }
   }
 
   // Unit by unit: while the weights of one are made, the tensor cores multiply the weights before with their values.
-  template <bool kStreams>
-  __device__ void attend(Ring& keys, Ring& values, uint32_t query, RowState& state, Sums& out) const {
+  __device__ void attend(RowState& state, Sums& out) {
     float logits[32], decay[2];
     uint32_t weights[4][4];
-    if constexpr (kStreams) {
-      keys.wait();
-      fence_async_proxy();
-    }
+    float2 bias[8];
+    wait_unit();
     // Accumulators are not to be touched between the fence and the wait: the compiler would wait for each product.
     mma_pin(logits);
     mma_fence();
-    multiply_keys(query, keys, logits);
+    multiply_keys(logits);
     mma_commit();
+    load_bias(bias);
+    release_queries();
     mma_wait<0>();
     mma_pin(logits);
-    advance_ring<kStreams>(keys);
-    weigh(s_.bias, logits, state, decay);
+    weigh(bias, logits, state, decay);
     pack_weights<Element>(logits, weights);
     for (int32_t unit = 1; unit < units_; ++unit) {
-      if constexpr (kStreams) {
-        keys.wait();
-        values.wait();
-        fence_async_proxy();
-      }
+      const int before = place_.stage;
+      place_.advance();
+      wait_unit();
       mma_pin(logits);
       mma_pin(out);
       mma_fence();
-      multiply_keys(query, keys, logits);
+      multiply_keys(logits);
       mma_commit();
-      multiply_values(weights, values, out);
+      multiply_values(weights, before, out);
       mma_commit();
+      load_bias(bias);
       mma_wait<1>();  // the logits
       mma_pin(logits);
-      advance_ring<kStreams>(keys);
-      const bool rescale = weigh(s_.bias + unit * Traits::kSlots, logits, state, decay);
+      const bool rescale = weigh(bias, logits, state, decay);
       mma_wait<0>();
       mma_pin(out);
-      advance_ring<kStreams>(values);
+      if (done_) release(s_.empty[before]);
       if (rescale) {
 #pragma unroll
         for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
       }
       pack_weights<Element>(logits, weights);
     }
-    if constexpr (kStreams) {
-      values.wait();
-      fence_async_proxy();
-    }
     mma_pin(out);
     mma_fence();
-    multiply_values(weights, values, out);
+    multiply_values(weights, place_.stage, out);
     mma_commit();
     mma_wait<0>();
     mma_pin(out);
-    advance_ring<kStreams>(values);
+    if (done_) release(s_.empty[place_.stage]);
+    place_.advance();
+  }
+
+  __device__ void wait_unit() const {
+    if (!fresh_) return;
+    barrier_wait(s_.full[place_.stage], place_.phase);
+    fence_async_proxy();
+  }
+
+  // Of this thread's columns.
+  __device__ void load_bias(float2 (&bias)[8]) const {
+    const float2* const from = reinterpret_cast<const float2*>(s_.bias[place_.stage]) + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) bias[j] = from[4 * j];
   }
 
   // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
-  __device__ bool weigh(const float* biases, float (&logits)[32], RowState& state, float (&decay)[2]) const {
+  __device__ bool weigh(const float2 (&bias)[8], float (&logits)[32], RowState& state, float (&decay)[2]) const {
     float chains[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};  // two a row, since each maximum is a chain
-    const float2* const bias = reinterpret_cast<const float2*>(biases) + threadIdx.x % 4;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 of_columns = bias[4 * j];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& logit = logits[4 * j + e];
-        logit = fmaf(logit, a_.factor, e % 2 == 0 ? of_columns.x : of_columns.y);
-        chains[e] = fmaxf(chains[e], logit);
-      }
+    for (int i = 0; i < 32; ++i) {
+      logits[i] = fmaf(logits[i], a_.factor, i % 2 == 0 ? bias[i / 4].x : bias[i / 4].y);
+      chains[i % 4] = fmaxf(chains[i % 4], logits[i]);
     }
     float highest[2] = {fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3])};
     const auto grows = [&](int h) { return highest[h] - state.reference[h] > kLeeway; };
@@ -259,9 +213,9 @@ class ShortConsumer {
   }
 
   // logits = queries keys^T, asynchronously.
-  __device__ static void multiply_keys(uint32_t query, const Ring& keys, float (&logits)[32]) {
-    const uint64_t left = matrix_descriptor(query, 16);
-    const uint64_t right = matrix_descriptor(shared_address(keys.memory[keys.stage]), 16);
+  __device__ void multiply_keys(float (&logits)[32]) const {
+    const uint64_t left = matrix_descriptor(shared_address(s_.query[index_][query_place_.stage]), 16);
+    const uint64_t right = matrix_descriptor(shared_address(s_.key[place_.stage]), 16);
 #pragma unroll
     for (int k = 0; k < Traits::kWidth / 16; ++k)
       multiply_shared<Element>(logits, advance(left, k / 4 * Traits::kTileRows * 128 + k % 4 * 32),
@@ -269,49 +223,45 @@ class ShortConsumer {
   }
 
   // out += weights values, asynchronously.
-  __device__ static void multiply_values(const uint32_t (&weights)[4][4], const Ring& values, Sums& out) {
-    const uint64_t right = matrix_descriptor(shared_address(values.memory[values.stage]), Traits::kSlots * 128);
+  __device__ void multiply_values(const uint32_t (&weights)[4][4], int stage, Sums& out) const {
+    const uint64_t right = matrix_descriptor(shared_address(s_.value[stage]), Traits::kSlots * 128);
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(right, k * 16 * 128));
   }
 
   // Divides by the sum, and stores the LSE.
-  __device__ void normalize(int32_t row, int h, float threshold, const RowState& state, Sums& out) const {
+  __device__ void normalize(const Job& job, int32_t row, int h, const RowState& state, Sums& out) const {
     const ForwardParams<float>& p = a_.params;
     const float sum = reduce_sum(state.sum[h]);
-    const bool is_nan = threshold != threshold || sum != sum;
+    const bool is_nan = job.threshold != job.threshold || sum != sum;
     const float factor = is_nan ? NAN : sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-    if (threadIdx.x % 4 == 0) {
-      float* lse = p.lse + (work_.batch * p.groups * p.heads_per_group + work_.head) * p.queries + work_.query;
-      lse[offset({1, static_cast<uint32_t>(p.queries)}, row)] = is_nan ? NAN
-                                                                : sum == 0.0f
-                                                                    ? -INFINITY
-                                                                    : (state.reference[h] + __log2f(sum)) * kLn2;
+    if (threadIdx.x % 4 == 0 && row < job.rows) {
+      const int32_t head = job.head + (row & ((1 << a_.log_heads) - 1)), query = job.query + (row >> a_.log_heads);
+      p.lse[(job.batch * p.groups * p.heads_per_group + head) * p.queries + query] =
+          is_nan        ? NAN
+          : sum == 0.0f ? -INFINITY
+                        : (state.reference[h] + __log2f(sum)) * kLn2;
     }
 #pragma unroll
     for (int i = 0; i < Traits::kWidth / 2; ++i)
       if (i / 2 % 2 == h) out[i] *= factor;
   }
 
-  __device__ void store(int32_t tile, const Sums& out) const {
-    const Rows& rows = a_.params.out;
-    char* base = rows.row(work_.batch, work_.query, work_.head);
-    asm volatile("" : "+l"(base));
-    store_rows<Element, Traits::kWidth>(out, rows.element_size != sizeof(Element), static_cast<int>(rows.width) / 8,
-                                        warp_rows(tile), Traits::kTileRows * 128, [&](int i) {
-                                          char* row = base + offset(a_.out_steps, first_row(tile) + i);
-                                          __builtin_assume(row != nullptr);
-                                          return row;
-                                        });
+  __device__ void release(uint64_t& barrier) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
   }
-
   static constexpr float kLn2 = 0.6931471805599453f;
 
   const ShortForwardArguments& a_;
-  const ShortWork& work_;
   Shared& s_;
   const int index_;
-  int32_t units_, tiles_;
+  int32_t units_;        // of the job
+  bool leaves_ = false;  // the output of the tile before
+  bool fresh_;           // units are to be waited for
+  bool done_;            // units are not needed any longer
+  RingPlace<Traits::kStages> place_;
+  RingPlace<Traits::kQueryStages> query_place_;
 };
 
 }  // namespace sparsek::cuda::sm90

@@ -9,29 +9,22 @@
 #include "cuda/sm90/short_forward/arguments.h"
 
 namespace sparsek::cuda {
-namespace {
-
-bool has_near_heads(const Rows& rows) { return rows.stride[2] * rows.element_size < int64_t{1} << 32; }
-
-sm90::RowSteps steps_of(const Rows& rows) {
-  return {static_cast<uint32_t>(rows.stride[1] * rows.element_size),
-          static_cast<uint32_t>(rows.stride[2] * rows.element_size)};
-}
-
-}  // namespace
-
 void run_short_forward_sm90(const ForwardParams<float>& params, const Rows& columns, int multiprocessors,
                             cudaStream_t stream) {
   sm90::ShortForwardArguments arguments{};
   arguments.params = params;
   arguments.columns = columns;
-  // Steps are multiplied by 32 bits.
-  const int32_t heads = has_near_heads(params.query) ? heads_per_tile(params.heads_per_group) : 1;
+  const int32_t heads = heads_per_tile(params.heads_per_group);
   while (1 << arguments.log_heads < heads) ++arguments.log_heads;
   arguments.packs = params.heads_per_group / heads;
   arguments.rows = params.queries * heads;
-  arguments.query_steps = steps_of(params.query);
-  arguments.out_steps = steps_of(params.out);
+  if (params.batch * params.queries * params.groups == 0) return;
+  const auto tiles = [&](const Rows& tensor, int32_t rows) {
+    return sm90::make_tile_map(tensor, params.batch, params.queries, params.groups * params.heads_per_group, heads,
+                               rows);
+  };
+  arguments.queries = tiles(params.query, sm90::kShortTileRows);
+  if (params.out.dtype == params.query.dtype) arguments.out = tiles(params.out, sm90::kShortTileRows / 4);
   constexpr double kLog2e = 1.4426950408889634;
   arguments.factor = static_cast<float>(params.scale * kLog2e);
   const int width = std::max(params.query.width, params.value.width) <= 64 ? 64 : 128;

@@ -16,9 +16,10 @@ void run_short_forward_sm90(const ForwardParams<float>& params, const Rows& colu
 namespace sm90 {
 
 struct ShortForwardArguments;
-// `width`: of the kernels, 64 or 128. Sets the arguments' splits.
+// `width`: of the kernels, 64 or 128. Jobs, splits and job_rows are not set yet.
 template <typename Element>
-void launch_short_forward_of(ShortForwardArguments arguments, int width, int multiprocessors, cudaStream_t stream);
+void launch_short_forward_of(const ShortForwardArguments& arguments, int width, int multiprocessors,
+                             cudaStream_t stream);
 
 }  // namespace sm90
 }  // namespace sparsek::cuda

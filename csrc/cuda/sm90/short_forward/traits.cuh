@@ -1,4 +1,4 @@
-// Sizes and shared memory of Hopper's forward kernel for short sequences.
+// Sizes, shared memory and barriers of Hopper's forward kernel for short sequences.
 #pragma once
 
 #include <cstdint>
@@ -12,33 +12,61 @@ template <typename Element_, int kWidth_>
 struct ShortForwardTraits {
   using Element = Element_;
   static constexpr int kWidth = kWidth_;  // K and Kv, padded
-  // Several CTAs or warpgroups hide each other's latencies, as many as registers allow.
-  static constexpr int kWarpgroups = kWidth > 64 ? 3 : 2;
-  static constexpr int kCtas = kWidth > 64 ? 1 : 2;  // of a multiprocessor
-  static constexpr int kThreads = 128 * kWarpgroups;
-  static constexpr int kWarps = kThreads / 32;
-  static constexpr int kTileRows = 64;  // of a warpgroup
-  static constexpr int kRows = kTileRows * kWarpgroups;
+  // Warpgroups that attend, which hide each other's latencies: as many as registers allow.
+  static constexpr int kConsumers = kWidth > 64 ? 3 : 4;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kTileRows = kShortTileRows;  // of a consumer
+  static constexpr int kRows = kTileRows * kConsumers;
   static constexpr int kSlots = 64;  // keys of a unit of work
-  static constexpr int kStages = kWidth > 64 ? 3 : 4;
+  static constexpr int kStages = kWidth > 64 ? 3 : 9;
+  static constexpr int kQueryStages = 2;  // tiles
   static constexpr int kMaxKeys = static_cast<int>(kMaxShortKeysSm90);
   static_assert(kMaxKeys % kSlots == 0);
+  static constexpr int kProducerRegisters = kWidth > 64 ? 56 : 32;
+  static constexpr int kConsumerRegisters = kWidth > 64 ? 152 : 112;
+  // What a launch gives its threads, of which no more than these are shared out: else the kernel waits for ever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
+
+  // What consumers must know of a job.
+  struct Job {
+    int32_t batch;
+    int32_t head;   // first query head
+    int32_t query;  // of the first row
+    int32_t rows;
+    int32_t units;
+    float threshold;  // NaN: out and LSE are NaN
+  };
 
   // Operands are columns of 64 elements: rows of 128 bytes in the 128-byte swizzle.
-  using Stage = Element[kWidth / 64][kSlots][64];
   struct Shared {
-    alignas(1024) Element query[kWarpgroups][2][kWidth / 64][kTileRows][64];  // then the output, on its way out
-    alignas(1024) Stage key[kStages];
-    alignas(1024) Stage value[kStages];
-    alignas(16) int32_t keys[kMaxKeys];  // that are seen
-    alignas(16) float bias[kMaxKeys];    // log2 of their gates
-    int2 found[kWarps];                  // how many keys, and the first
-    uint64_t query_full[kWarpgroups][2];
-    uint64_t key_full[kStages], key_empty[kStages];
-    uint64_t value_full[kStages], value_empty[kStages];
+    alignas(1024) Element query[kConsumers][kQueryStages][kWidth / 64][kTileRows][64];  // then the output, on its way
+    alignas(1024) Element key[kStages][kWidth / 64][kSlots][64];
+    alignas(1024) Element value[kStages][kWidth / 64][kSlots][64];
+    alignas(16) float bias[kStages][kSlots];  // log2 of the gates
+    alignas(16) int32_t list_key[kMaxKeys];   // of the producer: the keys of its job
+    float list_bias[kMaxKeys];
+    int2 found[2][4];  // by its warps: how many keys, and the first
+    Job jobs[2];
+    uint64_t job_full[2], job_empty[2];
+    uint64_t query_full[kConsumers][kQueryStages], query_empty[kConsumers][kQueryStages];
+    uint64_t full[kStages], empty[kStages];
   };
   static constexpr int64_t kSharedBytes = sizeof(Shared) + 1024;  // to be aligned
-  static_assert(kCtas * (kSharedBytes + 1024) <= 228 * 1024);
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+constexpr int kListBarrier = 1;  // named barrier of the producer's warps; 0 is __syncthreads
+
+// A place in a ring of stages, each turn over which is another phase.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
 };
 
 }  // namespace sparsek::cuda::sm90
