@@ -21,7 +21,12 @@ class ShortConsumer {
   using Sums = float[Traits::kWidth / 2];
 
   __device__ ShortConsumer(const ShortForwardArguments& a, Shared& shared)
-      : a_(a), s_(shared), index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128 - 1, 0)) {}
+      : a_(a),
+        s_(shared),
+        index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128 - 1, 0)),
+        queries_(matrix_descriptor(shared_address(shared.query[index_]), 16)),
+        keys_(matrix_descriptor(shared_address(shared.key), 16)),
+        values_(matrix_descriptor(shared_address(shared.value), Traits::kSlots * 128)) {}
 
   __device__ void run() {
     RingPlace<2> place;
@@ -119,7 +124,7 @@ class ShortConsumer {
   __device__ void attend(RowState& state, Sums& out) {
     float logits[32], decay[2];
     uint32_t weights[4][4];
-    float2 bias[8];
+    float4 bias[4];
     wait_unit();
     // Accumulators are not to be touched between the fence and the wait: the compiler would wait for each product.
     mma_pin(logits);
@@ -173,19 +178,21 @@ class ShortConsumer {
   }
 
   // Of this thread's columns.
-  __device__ void load_bias(float2 (&bias)[8]) const {
-    const float2* const from = reinterpret_cast<const float2*>(s_.bias[place_.stage]) + threadIdx.x % 4;
+  __device__ void load_bias(float4 (&bias)[4]) const {
+    const float4* const from = reinterpret_cast<const float4*>(s_.bias[place_.stage].column[threadIdx.x % 4]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) bias[j] = from[4 * j];
+    for (int j = 0; j < 4; ++j) bias[j] = from[j];
   }
 
   // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
-  __device__ bool weigh(const float2 (&bias)[8], float (&logits)[32], RowState& state, float (&decay)[2]) const {
-    float chains[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};  // two a row, since each maximum is a chain
+  __device__ bool weigh(const float4 (&bias)[4], float (&logits)[32], RowState& state, float (&decay)[2]) const {
+    float chains[4];  // two a row, since each maximum is a chain
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      logits[i] = fmaf(logits[i], a_.factor, i % 2 == 0 ? bias[i / 4].x : bias[i / 4].y);
-      chains[i % 4] = fmaxf(chains[i % 4], logits[i]);
+      const float4& pair = bias[i / 8];  // of pairs of columns
+      const float of_column = i / 4 % 2 == 0 ? (i % 2 == 0 ? pair.x : pair.y) : (i % 2 == 0 ? pair.z : pair.w);
+      logits[i] = fmaf(logits[i], a_.factor, of_column);
+      chains[i % 4] = i < 4 ? logits[i] : fmaxf(chains[i % 4], logits[i]);
     }
     float highest[2] = {fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3])};
     const auto grows = [&](int h) { return highest[h] - state.reference[h] > kLeeway; };
@@ -214,8 +221,8 @@ class ShortConsumer {
 
   // logits = queries keys^T, asynchronously.
   __device__ void multiply_keys(float (&logits)[32]) const {
-    const uint64_t left = matrix_descriptor(shared_address(s_.query[index_][query_place_.stage]), 16);
-    const uint64_t right = matrix_descriptor(shared_address(s_.key[place_.stage]), 16);
+    const uint64_t left = advance(queries_, query_place_.stage * sizeof(s_.query[0][0]));
+    const uint64_t right = advance(keys_, place_.stage * sizeof(s_.key[0]));
 #pragma unroll
     for (int k = 0; k < Traits::kWidth / 16; ++k)
       multiply_shared<Element>(logits, advance(left, k / 4 * Traits::kTileRows * 128 + k % 4 * 32),
@@ -224,23 +231,21 @@ class ShortConsumer {
 
   // out += weights values, asynchronously.
   __device__ void multiply_values(const uint32_t (&weights)[4][4], int stage, Sums& out) const {
-    const uint64_t right = matrix_descriptor(shared_address(s_.value[stage]), Traits::kSlots * 128);
+    const uint64_t right = advance(values_, stage * sizeof(s_.value[0]));
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(right, k * 16 * 128));
   }
 
   // Divides by the sum, and stores the LSE.
   __device__ void normalize(const Job& job, int32_t row, int h, const RowState& state, Sums& out) const {
-    const ForwardParams<float>& p = a_.params;
     const float sum = reduce_sum(state.sum[h]);
     const bool is_nan = job.threshold != job.threshold || sum != sum;
     const float factor = is_nan ? NAN : sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     if (threadIdx.x % 4 == 0 && row < job.rows) {
-      const int32_t head = job.head + (row & ((1 << a_.log_heads) - 1)), query = job.query + (row >> a_.log_heads);
-      p.lse[(job.batch * p.groups * p.heads_per_group + head) * p.queries + query] =
-          is_nan        ? NAN
-          : sum == 0.0f ? -INFINITY
-                        : (state.reference[h] + __log2f(sum)) * kLn2;
+      const uint32_t head = row & ((1 << a_.log_heads) - 1), query = row >> a_.log_heads;
+      job.lse[head * a_.params.queries + query] = is_nan        ? NAN
+                                                  : sum == 0.0f ? -INFINITY
+                                                                : (state.reference[h] + __log2f(sum)) * kLn2;
     }
 #pragma unroll
     for (int i = 0; i < Traits::kWidth / 2; ++i)
@@ -256,10 +261,11 @@ class ShortConsumer {
   const ShortForwardArguments& a_;
   Shared& s_;
   const int index_;
-  int32_t units_;        // of the job
-  bool leaves_ = false;  // the output of the tile before
-  bool fresh_;           // units are to be waited for
-  bool done_;            // units are not needed any longer
+  const uint64_t queries_, keys_, values_;  // matrix descriptors of the first stages
+  int32_t units_;                           // of the job
+  bool leaves_ = false;                     // the output of the tile before
+  bool fresh_;                              // units are to be waited for
+  bool done_;                               // units are not needed any longer
   RingPlace<Traits::kStages> place_;
   RingPlace<Traits::kQueryStages> query_place_;
 };

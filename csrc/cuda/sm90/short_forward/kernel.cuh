@@ -53,7 +53,7 @@ void launch_short_forward(const ShortForwardArguments& a, int multiprocessors, c
   const int64_t tiles = divide_up(arguments.rows, Traits::kRows);
   if (packs * tiles == 0) return;
   // Few packs are split, each part with keys of its own: the last of so many turns costs little.
-  constexpr int64_t kTurns = 4;
+  constexpr int64_t kTurns = 2;
   const int64_t splits = std::min(divide_up(kTurns * multiprocessors, packs), tiles);
   arguments.job_rows = divide_up(tiles, splits) * Traits::kRows;
   arguments.splits = divide_up(arguments.rows, arguments.job_rows);

@@ -9,7 +9,7 @@ namespace sparsek::cuda {
 
 // What run_forward_sm90 takes, not causal, not packed and with at most so many keys. `columns`: of the scores, which
 // are read in place of params.scores.
-constexpr int64_t kMaxShortKeysSm90 = 1024;
+constexpr int64_t kMaxShortKeysSm90 = 2048;
 void run_short_forward_sm90(const ForwardParams<float>& params, const Rows& columns, int multiprocessors,
                             cudaStream_t stream);
 

@@ -36,7 +36,8 @@ class ShortProducer {
       const int32_t rows = static_cast<int32_t>(min(a_.job_rows, a_.rows - begin));
       if (threadIdx.x == 0) {
         barrier_wait(s_.job_empty[place.stage], place.phase ^ 1);
-        s_.jobs[place.stage] = {batch_, head_, query_, rows, units, threshold};
+        const int64_t row = (int64_t{batch_} * p_.groups * p_.heads_per_group + head_) * p_.queries + query_;
+        s_.jobs[place.stage] = {batch_, head_, query_, rows, units, threshold, p_.lse + row};
         barrier_arrive(s_.job_full[place.stage]);
       }
       for (int32_t row = 0; row < rows; row += Traits::kRows) {
@@ -115,7 +116,10 @@ class ShortProducer {
   __device__ void load_unit(int32_t unit) {
     const int32_t first = unit * Traits::kSlots;
     barrier_wait(s_.empty[place_.stage], place_.phase ^ 1);
-    if (threadIdx.x < Traits::kSlots) s_.bias[place_.stage][threadIdx.x] = s_.list_bias[first + threadIdx.x];
+    if (threadIdx.x < Traits::kSlots) {
+      const int slot = threadIdx.x;
+      s_.bias[place_.stage].column[slot / 2 % 4][slot / 8 * 2 + slot % 2] = s_.list_bias[first + slot];
+    }
     const int32_t* const keys = s_.list_key + first + warp_ * kCopied;
     keys_.copy(keys, true, p_.key.row(batch_, 0, group_), shared_address(s_.key[place_.stage]));
     values_.copy(keys, true, p_.value.row(batch_, 0, group_), shared_address(s_.value[place_.stage]));

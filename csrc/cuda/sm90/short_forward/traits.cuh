@@ -18,7 +18,7 @@ struct ShortForwardTraits {
   static constexpr int kTileRows = kShortTileRows;  // of a consumer
   static constexpr int kRows = kTileRows * kConsumers;
   static constexpr int kSlots = 64;  // keys of a unit of work
-  static constexpr int kStages = kWidth > 64 ? 3 : 9;
+  static constexpr int kStages = kWidth > 64 ? 3 : 8;
   static constexpr int kQueryStages = 2;  // tiles
   static constexpr int kMaxKeys = static_cast<int>(kMaxShortKeysSm90);
   static_assert(kMaxKeys % kSlots == 0);
@@ -36,6 +36,13 @@ struct ShortForwardTraits {
     int32_t rows;
     int32_t units;
     float threshold;  // NaN: out and LSE are NaN
+    float* lse;       // of the first row
+  };
+
+  // log2 of the gates, of the slots that one thread of a row has, in order. Padded, so that the four threads of a row
+  // read from different banks.
+  struct alignas(16) Bias {
+    float column[4][20];
   };
 
   // Operands are columns of 64 elements: rows of 128 bytes in the 128-byte swizzle.
@@ -43,8 +50,8 @@ struct ShortForwardTraits {
     alignas(1024) Element query[kConsumers][kQueryStages][kWidth / 64][kTileRows][64];  // then the output, on its way
     alignas(1024) Element key[kStages][kWidth / 64][kSlots][64];
     alignas(1024) Element value[kStages][kWidth / 64][kSlots][64];
-    alignas(16) float bias[kStages][kSlots];  // log2 of the gates
-    alignas(16) int32_t list_key[kMaxKeys];   // of the producer: the keys of its job
+    Bias bias[kStages];
+    alignas(16) int32_t list_key[kMaxKeys];  // of the producer: the keys of its job
     float list_bias[kMaxKeys];
     int2 found[2][4];  // by its warps: how many keys, and the first
     Job jobs[2];
