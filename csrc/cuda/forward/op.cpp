@@ -31,11 +31,13 @@ bool is_short(Kernel kernel, const AttentionShape& shape, const Pattern& pattern
   return kernel == Kernel::kSm90 && !pattern.causal && !lengths.packed() && shape.keys <= kMaxShortKeysSm90;
 }
 
+// `short_call`: for the kernel that reads `scores` themselves, where params.scores is no table.
 template <typename T>
-void run(Kernel kernel, bool is_short, const ForwardParams<T>& params, const Tensor& scores, const OnDeviceOf& device) {
+void run(Kernel kernel, bool short_call, const ForwardParams<T>& params, const Tensor& scores,
+         const OnDeviceOf& device) {
   if constexpr (std::is_same_v<T, float>) {
 #ifdef SPARSEK_SM90
-    if (is_short)
+    if (short_call)
       return run_short_forward_sm90(params, score_columns(scores), device.multiprocessors(), device.stream());
 #endif
     if (kernel != Kernel::kSimt) {
@@ -59,8 +61,8 @@ std::tuple<Tensor, Tensor> launch_forward(const Tensor& query, const Tensor& key
                                           const std::optional<std::string>& name) {
   const OnDeviceOf device(query);
   const Kernel kernel = choose_kernel(name, device, kWidest, query, value);
-  const bool reads_columns = is_short(kernel, shape, pattern, lengths);
-  const Tensor table = reads_columns ? scores : transpose_scores<T>(scores);
+  const bool short_call = is_short(kernel, shape, pattern, lengths);
+  const Tensor table = short_call ? scores : transpose_scores<T>(scores);
   // The Hopper kernel writes its own dtype or float32.
   const bool convert = kernel == Kernel::kSm90 && dtype != query.scalar_type() && dtype != ScalarType::Float;
   Tensor out =
@@ -77,7 +79,7 @@ std::tuple<Tensor, Tensor> launch_forward(const Tensor& query, const Tensor& key
   set_inputs(params, q, k, v, table, threshold, expiry, shape, scale, pattern, lengths.sequences);
   params.out = rows_of(out);
   params.lse = static_cast<T*>(lse.mutable_data_ptr());
-  run(kernel, reads_columns, params, scores, device);
+  run(kernel, short_call, params, scores, device);
   return {convert ? torch::stable::to(out, dtype) : out, lse};
 }
 
