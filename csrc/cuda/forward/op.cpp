@@ -33,7 +33,7 @@ bool is_short(Kernel kernel, const AttentionShape& shape, const Pattern& pattern
 
 // `short_call`: for the kernel that reads `scores` themselves, where params.scores is no table.
 template <typename T>
-void run(Kernel kernel, bool short_call, const ForwardParams<T>& params, const Tensor& scores,
+void run(Kernel kernel, [[maybe_unused]] bool short_call, const ForwardParams<T>& params, const Tensor& scores,
          const OnDeviceOf& device) {
   if constexpr (std::is_same_v<T, float>) {
 #ifdef SPARSEK_SM90
