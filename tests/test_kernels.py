@@ -16,6 +16,7 @@ from xformers_sparsek.attention import attend, scale_of
 ALIGNED = ("contiguous", "transposed", "fused", "shared batch", "shared heads")
 WIDTHS = st.sampled_from([8, 16, 40, 64, 64, 72, 96, 128, 128])
 WIDE = st.sampled_from([136, 160, 192, 256])
+SHORT = 2048  # keys, see csrc/cuda/sm90/short_forward/launch.h
 #: Kernels of forward and backward; a name that the GPU cannot run is skipped.
 KERNELS = (("sm90", "sm90"), ("sm90", "sm80"), ("sm80", "sm80"), ("sm80", "simt"), ("simt", "sm80"))
 
@@ -144,11 +145,48 @@ def test_long_sequences(ratio, kind, window, kernels):
     Reference(problem, inputs).check(first)
 
 
-def test_nan_scores_stay_in_their_group(kernels):
+def not_causal(keys: int, num_keys: int, width: int, queries: int, groups: int) -> Problem:
+    return Problem(
+        lengths=((queries, keys),), packed=False, batch=2, groups=groups, ratio=1, width=width, value_width=width,
+        dtype=F16, score_dtype=F32, kind="normal", spread=4.0, num_keys=num_keys, window=0, causal=False, hard=False,
+        scale=None, sharpness=1.0, layouts=("contiguous",) * 5, lse_grad=True, seed=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("keys, num_keys", [(SHORT, 10), (SHORT, 900), (SHORT, SHORT), (SHORT + 1, 900)])
+def test_short_sequences_that_are_not_causal(keys, num_keys, width, kernels):
+    """About the number of keys up to which Hopper's forward has a kernel of its own."""
+    problem = not_causal(keys, num_keys, width, queries=300, groups=2)
+    inputs = problem.inputs("cuda")
+    first, again = run(problem, inputs, kernels), run(problem, inputs, kernels)
+    for name in QUANTITIES:
+        assert torch.equal(first[name], again[name]), name
+    Reference(problem, inputs).check(first)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("num_keys", [1, 100, 400, 660])
+def test_many_short_sequences(num_keys, width, kernels):
+    """Several tiles of queries to a head, and more heads than multiprocessors; shared memory has room for the rows of a
+    hundred keys, of some hundred at width 64, and not of nearly all, which are brought again for each tile."""
+    problem = not_causal(700, num_keys, width, queries=260, groups=140)
+    inputs = problem.inputs("cuda")
+    results, plain = run(problem, inputs, kernels), run(problem, inputs, ("simt", "simt"))
+    for name in ("out", "lse"):
+        torch.testing.assert_close(results[name], plain[name], rtol=1e-2, atol=1e-2)
+    last = {"query": 2, "key": 2, "value": 2, "scores": 2, "grad_out": 2, "grad_lse": 1}
+    last = {name: getattr(inputs, name)[1:].narrow(dim, 138, 2) for name, dim in last.items()}
+    part = {name: results[name][1:].narrow(1 if name == "lse" else 2, 138, 2) for name in QUANTITIES}
+    Reference(dataclasses.replace(problem, batch=1, groups=2), dataclasses.replace(inputs, **last)).check(part)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_nan_scores_stay_in_their_group(causal, kernels):
     problem = Problem(
         lengths=((300, 300),), packed=False, batch=2, groups=2, ratio=2, width=64, value_width=64, dtype=BF16,
-        score_dtype=F32, kind="normal", spread=4.0, num_keys=30, window=10, causal=True, hard=False, scale=None,
-        sharpness=1.0, layouts=("contiguous",) * 5, lse_grad=False, seed=0,
+        score_dtype=F32, kind="normal", spread=4.0, num_keys=30, window=10 if causal else 0, causal=causal, hard=False,
+        scale=None, sharpness=1.0, layouts=("contiguous",) * 5, lse_grad=False, seed=0,
     )  # fmt: skip
     inputs = problem.inputs("cuda")
     scores = inputs.scores.clone()
@@ -165,13 +203,15 @@ def test_nan_scores_stay_in_their_group(kernels):
         assert torch.equal(after[name][1].index_select(heads - 1, good), before[name][1].index_select(heads - 1, good))
 
 
-def test_every_head_size_and_group_ratio_has_gradients(kernels):
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_head_size_and_group_ratio_has_gradients(causal, kernels):
     for width in (8, 64, 72, 128):
         for ratio in (1, 2, 3, 4, 8, 16):
             problem = Problem(
                 lengths=((150, 190),), packed=False, batch=1, groups=2, ratio=ratio, width=width, value_width=width,
-                dtype=F16, score_dtype=F32, kind="normal", spread=4.0, num_keys=20, window=5, causal=True, hard=False,
-                scale=None, sharpness=1.0, layouts=("contiguous",) * 5, lse_grad=True, seed=ratio,
+                dtype=F16, score_dtype=F32, kind="normal", spread=4.0, num_keys=20, window=5 if causal else 0,
+                causal=causal, hard=False, scale=None, sharpness=1.0, layouts=("contiguous",) * 5, lse_grad=True,
+                seed=ratio,
             )  # fmt: skip
             inputs = problem.inputs("cuda")
             Reference(problem, inputs).check(run(problem, inputs, kernels), ("out", "lse", *GRADS))

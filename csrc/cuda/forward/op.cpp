@@ -15,6 +15,7 @@
 #include "cuda/plan/plan.h"
 #include "cuda/sm80/forward/launch.h"
 #include "cuda/sm90/forward/launch.h"
+#include "cuda/sm90/short_forward/launch.h"
 
 namespace sparsek::cuda {
 namespace {
@@ -25,15 +26,26 @@ constexpr WidestHeads kWidest{kMaxForwardWidthSm80, kMaxForwardWidthSm90};
 constexpr WidestHeads kWidest{kMaxForwardWidthSm80, 0};
 #endif
 
+// Whether all queries of a key/value head see the same few keys, for which Hopper has a kernel of its own.
+bool is_short(Kernel kernel, const AttentionShape& shape, const Pattern& pattern, const SequenceLengths& lengths) {
+  return kernel == Kernel::kSm90 && !pattern.causal && !lengths.packed() && shape.keys <= kMaxShortKeysSm90;
+}
+
+// `short_call`: for the kernel that reads `scores` themselves, where params.scores is no table.
 template <typename T>
-void run(Kernel kernel, const ForwardParams<T>& params, const Tensor& reference, const OnDeviceOf& device) {
+void run(Kernel kernel, [[maybe_unused]] bool short_call, const ForwardParams<T>& params, const Tensor& scores,
+         const OnDeviceOf& device) {
   if constexpr (std::is_same_v<T, float>) {
+#ifdef SPARSEK_SM90
+    if (short_call)
+      return run_short_forward_sm90(params, score_columns(scores), device.multiprocessors(), device.stream());
+#endif
     if (kernel != Kernel::kSimt) {
       const int64_t rows = kernel == Kernel::kSm90 ? kForwardRowsSm90 : kForwardRowsSm80;
-      const PlanMemory memory = make_plan(params, forward_run_size(params.sequences, rows), reference, device.stream());
+      const PlanMemory memory = make_plan(params, forward_run_size(params.sequences, rows), scores, device.stream());
 #ifdef SPARSEK_SM90
       if (kernel == Kernel::kSm90)
-        return run_forward_sm90(params, memory.plan, reference, device.multiprocessors(), device.stream());
+        return run_forward_sm90(params, memory.plan, scores, device.multiprocessors(), device.stream());
 #endif
       return run_forward_sm80(params, memory.plan, device.stream());
     }
@@ -49,7 +61,8 @@ std::tuple<Tensor, Tensor> launch_forward(const Tensor& query, const Tensor& key
                                           const std::optional<std::string>& name) {
   const OnDeviceOf device(query);
   const Kernel kernel = choose_kernel(name, device, kWidest, query, value);
-  const Tensor table = transpose_scores<T>(scores);
+  const bool short_call = is_short(kernel, shape, pattern, lengths);
+  const Tensor table = short_call ? scores : transpose_scores<T>(scores);
   // The Hopper kernel writes its own dtype or float32.
   const bool convert = kernel == Kernel::kSm90 && dtype != query.scalar_type() && dtype != ScalarType::Float;
   Tensor out =
@@ -66,7 +79,7 @@ std::tuple<Tensor, Tensor> launch_forward(const Tensor& query, const Tensor& key
   set_inputs(params, q, k, v, table, threshold, expiry, shape, scale, pattern, lengths.sequences);
   params.out = rows_of(out);
   params.lse = static_cast<T*>(lse.mutable_data_ptr());
-  run(kernel, params, query, device);
+  run(kernel, short_call, params, scores, device);
   return {convert ? torch::stable::to(out, dtype) : out, lse};
 }
 

@@ -35,6 +35,21 @@ __device__ inline void copy_bulk(uint32_t shared, const void* global, uint32_t b
                "l"(global), "r"(bytes), "r"(shared_address(&barrier))
                : "memory");
 }
+// The same for a tile of a tensor map (sm90/tile_map.h), from these indices on; and a tile's way back, in a group of
+// bulk copies.
+__device__ inline void load_tile(uint32_t shared, const void* map, int column, int head, int query, int batch,
+                                 uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared),
+      "l"(map), "r"(column), "r"(head), "r"(query), "r"(batch), "r"(shared_address(&barrier))
+      : "memory");
+}
+__device__ inline void store_tile(const void* map, int column, int head, int query, int batch, uint32_t shared) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map),
+               "r"(column), "r"(head), "r"(query), "r"(batch), "r"(shared)
+               : "memory");
+}
 // Makes what this thread knows to be written to shared memory, by others too, visible to the tensor cores, which read
 // through another proxy.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

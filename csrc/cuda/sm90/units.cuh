@@ -56,7 +56,8 @@ class UnitCursor {
 };
 
 // Copies the rows of a warp, kRows of the kSlots of a unit, to shared memory: lanes next to each other take
-// neighbouring chunks of a row, and each group of lanes consecutive rows, whose keys it reads together.
+// neighbouring chunks of a row, and each group of lanes consecutive rows, a power of two, whose keys it
+// reads together.
 template <typename Element, int kWidth, int kSlots, int kRows>
 class RowCopier {
  public:
@@ -73,7 +74,7 @@ class RowCopier {
   // keys [kRows] of this warp, relative to `base`; -1 for none: those rows are zeroed. `whole`: there are no such rows.
   __device__ void copy(const int32_t* keys, bool whole, const char* base, uint32_t to) const {
     // Bits 4 to 6 of a row's address are its chunk, which the swizzle turns; the rest is added.
-    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
+    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + (chunk_ ^ row_) % 8 * 16;
     const char* from = base + chunk_ * 16;
     asm volatile("" : "+l"(from));  // one addition a row, not two
     if (whole && full_width_) {
@@ -97,7 +98,7 @@ class RowCopier {
 
   // Waits for this warp's copies, and replaces what is not finite by 0; sets poisoned [kRows] for such rows.
   __device__ void clean(uint32_t to, uint8_t* poisoned) const {
-    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + chunk_ % 8 * 16;
+    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + (chunk_ ^ row_) % 8 * 16;
     wait_copies();
     for (int i = 0; i < kRowsOfLane; ++i) {
       Element x[8];

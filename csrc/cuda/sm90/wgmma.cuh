@@ -32,8 +32,10 @@ __device__ inline uint64_t matrix_descriptor(uint32_t shared, uint32_t stride) {
          (shared & 0x3ffff) >> 4;
 }
 
-// The descriptor of a matrix so many bytes further.
-__device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+// The descriptor of a matrix so many bytes further. Shared memory is small: nothing is carried to the upper half.
+__device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
 
 // The operands of 32 and of 64 accumulators, for which there is no shorter form.
 #define SPARSEK_NAMES_32                                                   \

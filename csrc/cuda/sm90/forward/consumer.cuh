@@ -105,7 +105,7 @@ class Consumer {
 #pragma unroll
         for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
       }
-      pack_weights(logits, weights);
+      pack_weights<Element>(logits, weights);
     }
     barrier_wait(s_.value_full[value_stage_], value_phase_);
     if (Traits::kCareful || (flags & Traits::kGathered)) fence_async_proxy();
@@ -209,14 +209,6 @@ class Consumer {
     }
   }
 
-  // Weights as the left operand of a product: the layouts match once neighbours share a register.
-  __device__ static void pack_weights(const float (&logits)[32], uint32_t (&weights)[4][4]) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) weights[k][i] = pack<Element>(logits[8 * k + 2 * i], logits[8 * k + 2 * i + 1]);
-  }
-
   // Divides by the sum, and stores the LSE. Returns whether all of the row is finite, or no product is to blame.
   __device__ bool normalize(const typename Traits::Row& row, int h, const RowState& state, Sums& out) const {
     const float sum = reduce_sum(state.sum[h]);
@@ -241,29 +233,10 @@ class Consumer {
     const int lane = threadIdx.x % 32, first = index_ * 64 + threadIdx.x % 128 / 32 * 16;
     const typename Traits::Row* rows = &s_.rows[query_stage_][first];
     const int chunks = static_cast<int>(a_.params.out.width) / 8;
-    if (a_.params.out.element_size != sizeof(Element)) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float2* row = reinterpret_cast<float2*>(rows[lane / 4 + 8 * h].out);
-        if (row == nullptr) continue;
-#pragma unroll
-        for (int j = 0; j < Traits::kWidth / 8; ++j)
-          if (j < chunks) row[4 * j + lane % 4] = {out[4 * j + 2 * h], out[4 * j + 2 * h + 1]};
-      }
-      return;
-    }
-    const uint32_t place = shared_address(s_.query[query_stage_]) + first * 128;
-    const auto chunk_of = [&](int row, int chunk) {
-      return place + chunk / 8 * (Traits::kRows * 128) + row * 128 + (chunk ^ row) % 8 * 16;
-    };
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < Traits::kWidth / 8; j += 2) {
-      const uint32_t pairs[4] = {
-          pack<Element>(out[4 * j], out[4 * j + 1]), pack<Element>(out[4 * j + 2], out[4 * j + 3]),
-          pack<Element>(out[4 * j + 4], out[4 * j + 5]), pack<Element>(out[4 * j + 6], out[4 * j + 7])};
-      store_matrices(chunk_of(lane % 16, j + lane / 16), pairs);
-    }
+    if (a_.params.out.element_size != sizeof(Element))
+      return store_floats<Traits::kWidth>(out, chunks, [&](int row) { return rows[row].out; });
+    const WarpRows staged{shared_address(s_.query[query_stage_]) + first * 128, Traits::kRows * 128};
+    stage_rows<Element, Traits::kWidth>(out, staged);
     __syncwarp();
     constexpr int kChunks = Traits::kWidth / 8, kRowsAtOnce = 32 / kChunks, kSteps = 16 / kRowsAtOnce;
     const int chunk = lane % kChunks;
@@ -273,7 +246,7 @@ class Consumer {
     for (int i = 0; i < kSteps; ++i) {
       const int row = i * kRowsAtOnce + lane / kChunks;
       to[i] = reinterpret_cast<uint4*>(rows[row].out);
-      load_shared_16(x[i], chunk_of(row, chunk));
+      load_shared_16(x[i], staged.chunk_of(row, chunk));
     }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)

@@ -1,11 +1,10 @@
-// Online softmax of a consumer's 64 rows over a unit, with gates. A thread holds two rows of the product: elements
-// 4 j, 4 j + 1 are columns 8 j + 2 (lane % 4) and the next of its first row, 4 j + 2 and 4 j + 3 the same of the row 8
-// below.
+// Online softmax of a consumer's 64 rows over a unit, with gates.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/sm90/accumulators.cuh"
 #include "cuda/sm90/forward/traits.cuh"
 #include "cuda/sm90/ptx.cuh"
 
@@ -21,17 +20,6 @@ struct RowState {
 
 // A reference before there are logits: finite, so that those of keys not seen, -inf, remain less.
 constexpr float kNoReference = -FLT_MAX;
-// Weights may exceed 1 by so many powers of 2, so that earlier sums are seldom scaled.
-constexpr float kLeeway = 8.0f;
-
-__device__ inline float reduce_max(float x) {  // over the four threads of a row
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ inline float reduce_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 enum class Seen { kAll, kByScore, kEntering, kWindow };
 
