@@ -41,9 +41,15 @@ class ShortProducer {
         barrier_arrive(s_.job_full[place.stage]);
       }
       for (int32_t row = 0; row < rows; row += Traits::kRows) {
-        if (threadIdx.x == 0) load_queries(row);
-        if (row > 0 && units <= Traits::kStages) continue;  // they have stayed
-        for (int32_t unit = 0; unit < units; ++unit) load_unit(unit);
+        bool has_queries = threadIdx.x != 0;                                     // one thread brings them
+        const int32_t needed = row > 0 && units <= Traits::kStages ? 0 : units;  // else they have stayed
+        for (int32_t unit = 0; unit < needed; ++unit) {
+          // Queries come once there is no room for keys: it may be long until there is room for these.
+          if (!has_queries && !barrier_test(s_.empty[place_.stage], place_.phase ^ 1))
+            load_queries(row), has_queries = true;
+          load_unit(unit);
+        }
+        if (!has_queries) load_queries(row);
       }
     }
   }
