@@ -124,7 +124,10 @@ class ShortProducer {
     barrier_wait(s_.empty[place_.stage], place_.phase ^ 1);
     if (threadIdx.x < Traits::kSlots) {
       const int slot = threadIdx.x;
-      s_.bias[place_.stage].column[slot / 2 % 4][slot / 8 * 2 + slot % 2] = s_.list_bias[first + slot];
+      const float bias = s_.list_bias[first + slot];
+      const bool solid = __all_sync(~0u, bias == 0.0f);
+      s_.bias[place_.stage].column[slot / 2 % 4][slot / 8 * 2 + slot % 2] = bias;
+      if (lane_ == 0) s_.bias[place_.stage].solid[warp_] = solid;
     }
     const int32_t* const keys = s_.list_key + first + warp_ * kCopied;
     keys_.copy(keys, true, p_.key.row(batch_, 0, group_), shared_address(s_.key[place_.stage]));
