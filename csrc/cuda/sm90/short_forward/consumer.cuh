@@ -186,15 +186,22 @@ class ShortConsumer {
 
   // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
   __device__ bool weigh(const float4 (&bias)[4], float (&logits)[32], RowState& state, float (&decay)[2]) const {
+    // Where all gates are 1, logits are scaled together with the subtraction; a factor below 0 would turn the maximum.
+    const bool* const halves = s_.bias[place_.stage].solid;
+    const bool solid = halves[0] && halves[1] && a_.factor > 0.0f;
+    if (!solid) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const float4& pair = bias[i / 8];  // of pairs of columns
+        const float of_column = i / 4 % 2 == 0 ? (i % 2 == 0 ? pair.x : pair.y) : (i % 2 == 0 ? pair.z : pair.w);
+        logits[i] = fmaf(logits[i], a_.factor, of_column);
+      }
+    }
     float chains[4];  // two a row, since each maximum is a chain
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const float4& pair = bias[i / 8];  // of pairs of columns
-      const float of_column = i / 4 % 2 == 0 ? (i % 2 == 0 ? pair.x : pair.y) : (i % 2 == 0 ? pair.z : pair.w);
-      logits[i] = fmaf(logits[i], a_.factor, of_column);
-      chains[i % 4] = i < 4 ? logits[i] : fmaxf(chains[i % 4], logits[i]);
-    }
-    float highest[2] = {fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3])};
+    for (int i = 0; i < 32; ++i) chains[i % 4] = i < 4 ? logits[i] : fmaxf(chains[i % 4], logits[i]);
+    const float factor = solid ? a_.factor : 1.0f;
+    float highest[2] = {fmaxf(chains[0], chains[1]) * factor, fmaxf(chains[2], chains[3]) * factor};
     const auto grows = [&](int h) { return highest[h] - state.reference[h] > kLeeway; };
     decay[0] = decay[1] = 1.0f;
     const bool rescale = __any_sync(~0u, grows(0) || grows(1));
@@ -213,7 +220,7 @@ class ShortConsumer {
     for (int h = 0; h < 2; ++h) shift[h] = state.reference[h] == -INFINITY ? 0.0f : state.reference[h];
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      logits[i] = exp2_fast(logits[i] - shift[i / 2 % 2]);
+      logits[i] = exp2_fast(fmaf(logits[i], factor, -shift[i / 2 % 2]));
       state.sum[i / 2 % 2] += logits[i];
     }
     return rescale;

@@ -41,9 +41,15 @@ class ShortProducer {
         barrier_arrive(s_.job_full[place.stage]);
       }
       for (int32_t row = 0; row < rows; row += Traits::kRows) {
-        if (threadIdx.x == 0) load_queries(row);
-        if (row > 0 && units <= Traits::kStages) continue;  // they have stayed
-        for (int32_t unit = 0; unit < units; ++unit) load_unit(unit);
+        bool has_queries = threadIdx.x != 0;                                     // one thread brings them
+        const int32_t needed = row > 0 && units <= Traits::kStages ? 0 : units;  // else they have stayed
+        for (int32_t unit = 0; unit < needed; ++unit) {
+          // Queries come once there is no room for keys: it may be long until there is room for these.
+          if (!has_queries && !barrier_test(s_.empty[place_.stage], place_.phase ^ 1))
+            load_queries(row), has_queries = true;
+          load_unit(unit);
+        }
+        if (!has_queries) load_queries(row);
       }
     }
   }
@@ -118,7 +124,10 @@ class ShortProducer {
     barrier_wait(s_.empty[place_.stage], place_.phase ^ 1);
     if (threadIdx.x < Traits::kSlots) {
       const int slot = threadIdx.x;
-      s_.bias[place_.stage].column[slot / 2 % 4][slot / 8 * 2 + slot % 2] = s_.list_bias[first + slot];
+      const float bias = s_.list_bias[first + slot];
+      const bool solid = __all_sync(~0u, bias == 0.0f);
+      s_.bias[place_.stage].column[slot / 2 % 4][slot / 8 * 2 + slot % 2] = bias;
+      if (lane_ == 0) s_.bias[place_.stage].solid[warp_] = solid;
     }
     const int32_t* const keys = s_.list_key + first + warp_ * kCopied;
     keys_.copy(keys, true, p_.key.row(batch_, 0, group_), shared_address(s_.key[place_.stage]));

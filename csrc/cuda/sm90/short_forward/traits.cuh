@@ -43,6 +43,7 @@ struct ShortForwardTraits {
   // read from different banks.
   struct alignas(16) Bias {
     float column[4][20];
+    bool solid[2];  // whether all gates of a half are 1
   };
 
   // Operands are columns of 64 elements: rows of 128 bytes in the 128-byte swizzle.
