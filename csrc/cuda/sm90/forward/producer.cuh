@@ -138,7 +138,7 @@ class KeyProducer {
       flags_ |= Traits::kEntering;
       if (begin_ + thread_ >= cursor_.blocks().run.entering)
         entry = static_cast<int32_t>(min(key + window, int64_t{kNever}));
-    } else if (lowest_ >= highest_ + 1.0f) {
+    } else if (lowest_ > highest_ && lowest_ >= highest_ + 1.0f) {  // both may be -inf
       flags_ |= Traits::kSolid;
     }
     const bool whole = begin_ + Traits::kSlots <= end_;
