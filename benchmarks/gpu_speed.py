@@ -327,15 +327,25 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", choices=common.DENSE, default=common.DENSE, help="dense peers")
     parser.add_argument("--limit-ms", type=float, default=1500.0, help="device time per figure, about")
     parser.add_argument("--plot", type=Path, nargs="?", const=common.RESULTS / "gpu_speed.png", help="draw a picture")
-    parser.add_argument("--saved", type=Path, nargs="+", help="measure nothing: draw these runs of one machine, JSON")
+    parser.add_argument(
+        "--saved",
+        type=Path,
+        nargs="+",
+        help="measure nothing: draw these runs of one machine, JSON; of several of a length the first",
+    )
 
 
 def main() -> None:
     args = common.arguments(__doc__, "gpu_speed", QUICK, options)
     if args.saved:
         reports = [json.loads(path.read_text()) for path in args.saved]
-        found = sorted((r for report in reports for r in report["speed"]), key=lambda r: r["length"])
-        plot(found, reports[0]["facts"], [*args.peers, "flex"], args.plot or common.RESULTS / "gpu_speed.png")
+        found = {r["label"]: r for report in reversed(reports) for r in report["speed"]}  # the first one's, if several
+        plot(
+            sorted(found.values(), key=lambda r: r["length"]),
+            reports[0]["facts"],
+            [*args.peers, "flex"],
+            args.plot or common.RESULTS / "gpu_speed.png",
+        )
         return
     facts = common.environment(args) | common.rates(args.device)
     common.print_facts(facts)
