@@ -5,6 +5,7 @@
 
 #include "cuda/plan/tile.cuh"
 #include "cuda/sm90/backward/arguments.h"
+#include "cuda/sm90/ring.cuh"
 
 namespace sparsek::cuda::sm90 {
 
@@ -104,17 +105,6 @@ struct BackwardTraits {
 
 // Named barriers: 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;
-
-// A place in a ring, and the parity of the barriers there.
-template <int kPlaces>
-struct Ring {
-  int place = 0;
-  uint32_t phase = 0;
-
-  __device__ void advance() {
-    if (++place == kPlaces) place = 0, phase ^= 1;
-  }
-};
 
 // How many units a run's list has.
 __device__ inline int32_t count_units(const BackwardArguments& a, int64_t run, int64_t group) {

@@ -23,12 +23,12 @@ class Consumer {
 
   __device__ void run() {
     while (true) {
-      wait(s_.query_full[query_stage_], query_phase_);
-      const auto message = s_.message[query_stage_];
+      wait(s_.query_full[query_.place], query_.phase);
+      const auto message = s_.message[query_.place];
       if (message == Traits::kDone) return;
       run_tile(message == Traits::kKeys);
-      release(s_.query_empty[query_stage_]);
-      if (++query_stage_ == Traits::kQueryStages) query_stage_ = 0, query_phase_ ^= 1;
+      release(s_.query_empty[query_.place]);
+      query_.advance();
     }
   }
 
@@ -36,7 +36,7 @@ class Consumer {
   __device__ void run_tile(bool has_keys) {
     const int lane = threadIdx.x % 32;
     const int row = index_ * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const typename Traits::Row* rows = &s_.rows[query_stage_][row];
+    const typename Traits::Row* rows = &s_.rows[query_.place][row];
     RowState state;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -56,7 +56,7 @@ class Consumer {
     store(out);
     if constexpr (!Traits::kCareful) {
       const bool suspect = __any_sync(~0u, !finite);
-      uint8_t* suspects = reinterpret_cast<uint8_t*>(a_.suspects + s_.work[query_stage_] * Traits::kConsumers);
+      uint8_t* suspects = reinterpret_cast<uint8_t*>(a_.suspects + s_.work[query_.place] * Traits::kConsumers);
       if (lane == 0) suspects[threadIdx.x / 32 - 4] = suspect;
     }
   }
@@ -66,15 +66,15 @@ class Consumer {
     float logits[32], decay[2];
     uint32_t weights[4][4], flags = 0;
     if (a_.sign != 1.0f) sign_queries();
-    bool has_keys = barrier_test(s_.key_full[key_stage_], key_phase_);
+    bool has_keys = barrier_test(s_.key_full[key_.place], key_.phase);
     for (bool first = true; !(flags & Traits::kLast); first = false) {
       // What barriers say takes a while to come: they are asked early.
-      const bool has_values = first || barrier_test(s_.value_full[value_stage_], value_phase_);
-      if (!has_keys) barrier_wait(s_.key_full[key_stage_], key_phase_);
+      const bool has_values = first || barrier_test(s_.value_full[value_.place], value_.phase);
+      if (!has_keys) barrier_wait(s_.key_full[key_.place], key_.phase);
       const uint32_t earlier_flags = flags;
       flags = notes().flags;
       if (flags & Traits::kGathered) fence_async_proxy();
-      if (!has_values) barrier_wait(s_.value_full[value_stage_], value_phase_);
+      if (!has_values) barrier_wait(s_.value_full[value_.place], value_.phase);
       if (Traits::kCareful || (earlier_flags & Traits::kGathered)) fence_async_proxy();
       if (!first) find_poison(weights, state);
       // Accumulators are not to be touched between the fence and the wait: the compiler would wait for each product.
@@ -91,15 +91,15 @@ class Consumer {
         mma_wait<0>();
       }
       mma_pin(logits);
-      release(s_.key_empty[key_stage_]);
+      release(s_.key_empty[key_.place]);
       const bool rescale = weigh_unit(flags, logits, state, decay);
-      advance_key();
-      has_keys = barrier_test(s_.key_full[key_stage_], key_phase_);
+      key_.advance();
+      has_keys = barrier_test(s_.key_full[key_.place], key_.phase);
       mma_wait<0>();
       mma_pin(out);
       if (!first) {
-        release(s_.value_empty[value_stage_]);
-        advance_value();
+        release(s_.value_empty[value_.place]);
+        value_.advance();
       }
       if (rescale) {
 #pragma unroll
@@ -107,7 +107,7 @@ class Consumer {
       }
       pack_weights<Element>(logits, weights);
     }
-    barrier_wait(s_.value_full[value_stage_], value_phase_);
+    barrier_wait(s_.value_full[value_.place], value_.phase);
     if (Traits::kCareful || (flags & Traits::kGathered)) fence_async_proxy();
     find_poison(weights, state);
     mma_pin(out);
@@ -116,8 +116,8 @@ class Consumer {
     mma_commit();
     mma_wait<0>();
     mma_pin(out);
-    release(s_.value_empty[value_stage_]);
-    advance_value();
+    release(s_.value_empty[value_.place]);
+    value_.advance();
   }
 
   // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
@@ -163,7 +163,7 @@ class Consumer {
   // Gives the queries the sign of the scale.
   __device__ void sign_queries() const {
     const int row = index_ * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
-    const uint32_t place = shared_address(s_.query[query_stage_]) + row * 128;
+    const uint32_t place = shared_address(s_.query[query_.place]) + row * 128;
     for (int k = 0; k < Traits::kWidth / 16; ++k) {
       const int chunk = 2 * k + threadIdx.x % 32 / 16;
       const uint32_t matrices = place + chunk / 8 * (Traits::kRows * 128) + (chunk ^ row) % 8 * 16;
@@ -179,8 +179,8 @@ class Consumer {
 
   // logits = queries keys^T, asynchronously.
   __device__ void multiply_keys(float (&logits)[32]) const {
-    const uint64_t query = matrix_descriptor(shared_address(s_.query[query_stage_]) + index_ * 64 * 128, 16);
-    const uint64_t key = matrix_descriptor(shared_address(s_.key[key_stage_]), 16);
+    const uint64_t query = matrix_descriptor(shared_address(s_.query[query_.place]) + index_ * 64 * 128, 16);
+    const uint64_t key = matrix_descriptor(shared_address(s_.key[key_.place]), 16);
 #pragma unroll
     for (int k = 0; k < Traits::kWidth / 16; ++k)
       multiply_shared<Element>(logits, advance(query, k / 4 * Traits::kRows * 128 + k % 4 * 32),
@@ -189,7 +189,7 @@ class Consumer {
 
   // out += weights values, asynchronously.
   __device__ void multiply_values(uint32_t (&weights)[4][4], Sums& out) const {
-    const uint64_t value = matrix_descriptor(shared_address(s_.value[value_stage_]), Traits::kSlots * 128);
+    const uint64_t value = matrix_descriptor(shared_address(s_.value[value_.place]), Traits::kSlots * 128);
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(value, k * 16 * 128));
   }
@@ -201,7 +201,7 @@ class Consumer {
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint8_t* poisoned = &s_.poisoned[value_stage_][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
+          const uint8_t* poisoned = &s_.poisoned[value_.place][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
           const bool low = poisoned[0] && (weights[k][i] & 0x7fff) != 0;
           const bool high = poisoned[1] && (weights[k][i] >> 16 & 0x7fff) != 0;
           if (low || high) state.poisoned[i % 2] = true;
@@ -231,11 +231,11 @@ class Consumer {
   // Stores this warp's 16 rows: by way of its queries' shared memory, so that each row goes out in whole.
   __device__ void store(const Sums& out) const {
     const int lane = threadIdx.x % 32, first = index_ * 64 + threadIdx.x % 128 / 32 * 16;
-    const typename Traits::Row* rows = &s_.rows[query_stage_][first];
+    const typename Traits::Row* rows = &s_.rows[query_.place][first];
     const int chunks = static_cast<int>(a_.params.out.width) / 8;
     if (a_.params.out.element_size != sizeof(Element))
       return store_floats<Traits::kWidth>(out, chunks, [&](int row) { return rows[row].out; });
-    const WarpRows staged{shared_address(s_.query[query_stage_]) + first * 128, Traits::kRows * 128};
+    const WarpRows staged{shared_address(s_.query[query_.place]) + first * 128, Traits::kRows * 128};
     stage_rows<Element, Traits::kWidth>(out, staged);
     __syncwarp();
     constexpr int kChunks = Traits::kWidth / 8, kRowsAtOnce = 32 / kChunks, kSteps = 16 / kRowsAtOnce;
@@ -253,10 +253,8 @@ class Consumer {
       if (to[i] != nullptr && chunk < chunks) to[i][chunk] = x[i];
   }
 
-  // Of the unit whose keys are next: notes are written stage by stage, too, and twice as many as there are stages.
-  __device__ const typename Traits::Notes& notes() const {
-    return s_.notes[key_stage_ + static_cast<int>(key_phase_) * Traits::kStages];
-  }
+  // Of the unit whose keys are next.
+  __device__ const typename Traits::Notes& notes() const { return s_.notes[Traits::note_of(key_)]; }
   __device__ static void wait(uint64_t& barrier, uint32_t phase) {
     barrier_wait(barrier, phase);
     fence_async_proxy();
@@ -265,19 +263,13 @@ class Consumer {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
   }
-  __device__ void advance_key() {
-    if (++key_stage_ == Traits::kStages) key_stage_ = 0, key_phase_ ^= 1;
-  }
-  __device__ void advance_value() {
-    if (++value_stage_ == Traits::kStages) value_stage_ = 0, value_phase_ ^= 1;
-  }
   static constexpr float kLn2 = 0.6931471805599453f;
 
   const ForwardArguments& a_;
   Shared& s_;
   const int index_;
-  int query_stage_ = 0, key_stage_ = 0, value_stage_ = 0;
-  uint32_t key_phase_ = 0, value_phase_ = 0, query_phase_ = 0;
+  Ring<Traits::kQueryStages> query_;
+  Ring<Traits::kStages> key_, value_;
 };
 
 }  // namespace sparsek::cuda::sm90

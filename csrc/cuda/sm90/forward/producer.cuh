@@ -128,7 +128,7 @@ class KeyProducer {
   }
 
   __device__ void load(bool last) {
-    typename Traits::Notes& notes = s_.notes[note_];
+    typename Traits::Notes& notes = s_.notes[Traits::note_of(ring_)];
     const int64_t window = a_.params.pattern.window;
     int32_t key = key_, entry = -1;
     float score = score_;
@@ -143,7 +143,7 @@ class KeyProducer {
     }
     const bool whole = begin_ + Traits::kSlots <= end_;
     if (begin_ + thread_ >= end_) key = -1, score = -INFINITY;
-    barrier_wait(s_.key_empty[stage_], phase_ ^ 1);
+    barrier_wait(s_.key_empty[ring_.place], ring_.phase ^ 1);
     s_.key_rows[thread_] = key;
     typename Traits::Column& column = notes.column[thread_ / 2 % 4];
     column.entry[thread_ / 8 * 2 + thread_ % 2] = entry;
@@ -151,15 +151,14 @@ class KeyProducer {
     if (thread_ == 0) notes.flags = flags_ | (last ? Traits::kLast : 0) | (copied_ == nullptr ? Traits::kGathered : 0);
     __syncwarp();
     if (copied_ != nullptr) {
-      if (thread_ == 0) bring_unit<Traits::kWidth>(copied_, s_.key[stage_], s_.key_full[stage_]);
+      if (thread_ == 0) bring_unit<Traits::kWidth>(copied_, s_.key[ring_.place], s_.key_full[ring_.place]);
     } else {
-      copier_.copy(s_.key_rows + thread_ / 32 * kKeyRows, whole, base_, shared_address(s_.key[stage_]));
+      copier_.copy(s_.key_rows + thread_ / 32 * kKeyRows, whole, base_, shared_address(s_.key[ring_.place]));
     }
-    barrier_arrive_after_copies(s_.key_full[stage_]);
+    barrier_arrive_after_copies(s_.key_full[ring_.place]);
     __syncwarp();
-    if (lane_ == 0) barrier_arrive(s_.key_full[stage_]);  // for the notes
-    note_ = (note_ + 1) % Traits::kNotes;
-    if (++stage_ == Traits::kStages) stage_ = 0, phase_ ^= 1;
+    if (lane_ == 0) barrier_arrive(s_.key_full[ring_.place]);  // for the notes
+    ring_.advance();
   }
 
   const ForwardArguments& a_;
@@ -180,8 +179,7 @@ class KeyProducer {
   float lowest_;      // score
   uint32_t flags_;
   const char* copied_;  // the unit's copies, or null
-  int note_ = 0, stage_ = 0;
-  uint32_t phase_ = 0;
+  Ring<Traits::kStages> ring_;
 };
 
 template <typename Traits>
@@ -231,29 +229,29 @@ class ValueProducer {
   }
 
   __device__ void bring(const char* copied) {
-    barrier_wait(s_.value_empty[stage_], phase_ ^ 1);
-    if (lane_ == 0) bring_unit<Traits::kWidth>(copied, s_.value[stage_], s_.value_full[stage_]);
+    barrier_wait(s_.value_empty[ring_.place], ring_.phase ^ 1);
+    if (lane_ == 0) bring_unit<Traits::kWidth>(copied, s_.value[ring_.place], s_.value_full[ring_.place]);
     __syncwarp();
-    barrier_arrive(s_.value_full[stage_]);
-    if (++stage_ == Traits::kStages) stage_ = 0, phase_ ^= 1;
+    barrier_arrive(s_.value_full[ring_.place]);
+    ring_.advance();
   }
 
   __device__ void load(int2 key, int32_t end) {
     const int local = 2 * lane_;
     if (local >= end) key.x = -1;
     if (local + 1 >= end) key.y = -1;
-    barrier_wait(s_.value_empty[stage_], phase_ ^ 1);
+    barrier_wait(s_.value_empty[ring_.place], ring_.phase ^ 1);
     *reinterpret_cast<int2*>(&s_.value_rows[local]) = key;
     __syncwarp();
-    copier_.copy(s_.value_rows, end == Traits::kSlots, base_, shared_address(s_.value[stage_]));
+    copier_.copy(s_.value_rows, end == Traits::kSlots, base_, shared_address(s_.value[ring_.place]));
     if constexpr (Traits::kCareful) {
-      for (int i = 0; i < 2; ++i) s_.poisoned[stage_][local + i] = 0;
+      for (int i = 0; i < 2; ++i) s_.poisoned[ring_.place][local + i] = 0;
       __syncwarp();
-      copier_.clean(shared_address(s_.value[stage_]), s_.poisoned[stage_]);
+      copier_.clean(shared_address(s_.value[ring_.place]), s_.poisoned[ring_.place]);
     }
-    barrier_arrive_after_copies(s_.value_full[stage_]);
+    barrier_arrive_after_copies(s_.value_full[ring_.place]);
     __syncwarp();  // value_rows is free again
-    if (++stage_ == Traits::kStages) stage_ = 0, phase_ ^= 1;
+    ring_.advance();
   }
 
   const ForwardArguments& a_;
@@ -263,8 +261,7 @@ class ValueProducer {
   UnitCursor cursor_;
   const char* base_;
   int32_t keys_;
-  int stage_ = 0;
-  uint32_t phase_ = 0;
+  Ring<Traits::kStages> ring_;
 };
 
 // Brings the queries of a tile, with what else the consumers must know of them.
@@ -284,21 +281,21 @@ class QueryProducer {
       }
       load(tile, has_keys ? Traits::kKeys : Traits::kNoKeys, work);
     });
-    barrier_wait(s_.query_empty[stage_], phase_ ^ 1);
-    if (lane_ == 0) s_.message[stage_] = Traits::kDone;
+    barrier_wait(s_.query_empty[ring_.place], ring_.phase ^ 1);
+    if (lane_ == 0) s_.message[ring_.place] = Traits::kDone;
     tell();
   }
 
  private:
   __device__ void load(const QueryTile& tile, typename Traits::Message message, int64_t work) {
-    typename Traits::Row* rows = s_.rows[stage_];
-    barrier_wait(s_.query_empty[stage_], phase_ ^ 1);
+    typename Traits::Row* rows = s_.rows[ring_.place];
+    barrier_wait(s_.query_empty[ring_.place], ring_.phase ^ 1);
     for (int r = lane_; r < Traits::kRows; r += 32) rows[r] = describe(tile, r);
-    if (lane_ == 0) s_.work[stage_] = work, s_.message[stage_] = message;
+    if (lane_ == 0) s_.work[ring_.place] = work, s_.message[ring_.place] = message;
     __syncwarp();
     if (message == Traits::kKeys) copy(rows);
     tell();
-    if (++stage_ == Traits::kQueryStages) stage_ = 0, phase_ ^= 1;
+    ring_.advance();
   }
 
   __device__ typename Traits::Row describe(const QueryTile& tile, int r) const {
@@ -324,7 +321,7 @@ class QueryProducer {
   __device__ void copy(const typename Traits::Row* rows) const {
     constexpr int kChunks = Traits::kWidth / 8, kRowsOfLane = Traits::kRows / (32 / kChunks);
     const int chunk = lane_ % kChunks, first = lane_ / kChunks * kRowsOfLane;
-    const uint32_t column = shared_address(s_.query[stage_]) + chunk / 8 * (Traits::kRows * 128) + first * 128;
+    const uint32_t column = shared_address(s_.query[ring_.place]) + chunk / 8 * (Traits::kRows * 128) + first * 128;
     const bool inside = chunk * 8 < a_.params.query.width;
 #pragma unroll 8
     for (int i = 0; i < kRowsOfLane; ++i) {
@@ -336,16 +333,15 @@ class QueryProducer {
 
   // Tells the consumers once the copies are done, and now of ordinary writes.
   __device__ void tell() const {
-    barrier_arrive_after_copies(s_.query_full[stage_]);
+    barrier_arrive_after_copies(s_.query_full[ring_.place]);
     __syncwarp();
-    if (lane_ == 0) barrier_arrive(s_.query_full[stage_]);
+    if (lane_ == 0) barrier_arrive(s_.query_full[ring_.place]);
   }
 
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
   const int lane_;
-  int stage_ = 0;
-  uint32_t phase_ = 0;
+  Ring<Traits::kQueryStages> ring_;
 };
 
 }  // namespace sparsek::cuda::sm90

@@ -5,6 +5,7 @@
 
 #include "cuda/plan/tile.cuh"
 #include "cuda/sm90/forward/arguments.h"
+#include "cuda/sm90/ring.cuh"
 
 namespace sparsek::cuda::sm90 {
 
@@ -20,7 +21,10 @@ struct ForwardTraits {
   static constexpr int kSlots = kUnit;                  // keys of a unit of work
   static constexpr int kStages = kWidth > 64 ? 3 : 6;
   static constexpr int kNotes = 2 * kStages;  // a unit's notes outlive its keys: consumers read them after the product
-  static constexpr int kQueryStages = 2;      // tiles
+  __device__ static int note_of(const Ring<kStages>& keys) {
+    return keys.place + static_cast<int>(keys.phase) * kStages;
+  }
+  static constexpr int kQueryStages = 2;  // tiles
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 152;

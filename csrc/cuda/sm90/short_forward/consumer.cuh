@@ -29,11 +29,11 @@ class ShortConsumer {
         values_(matrix_descriptor(shared_address(shared.value), Traits::kSlots * 128)) {}
 
   __device__ void run() {
-    RingPlace<2> place;
-    for (int64_t index = blockIdx.x; index < a_.jobs; index += gridDim.x, place.advance()) {
-      barrier_wait(s_.job_full[place.stage], place.phase);
-      run_job(s_.jobs[place.stage]);
-      release(s_.job_empty[place.stage]);
+    Ring<2> job;
+    for (int64_t index = blockIdx.x; index < a_.jobs; index += gridDim.x, job.advance()) {
+      barrier_wait(s_.job_full[job.place], job.phase);
+      run_job(s_.jobs[job.place]);
+      release(s_.job_empty[job.place]);
     }
     if (threadIdx.x % 32 == 0) bulk_wait_read();  // shared memory ends with the CTA
   }
@@ -49,18 +49,18 @@ class ShortConsumer {
     const int32_t rows = job.rows;
     units_ = job.units;
     const bool stay = units_ <= Traits::kStages;  // else they come again for each tile
-    const auto begin = place_;
+    const auto begin = unit_;
     for (int32_t row = index_ * Traits::kTileRows, left = rows; left > 0; row += Traits::kRows, left -= Traits::kRows) {
       fresh_ = !stay || left == rows;
       done_ = !stay || left <= Traits::kRows;
-      if (stay) place_ = begin;
-      barrier_wait(s_.query_full[index_][query_place_.stage], query_place_.phase);
+      if (stay) unit_ = begin;
+      barrier_wait(s_.query_full[index_][tile_.place], tile_.phase);
       if (row < rows) {
         run_tile(job, row);
       } else {
         pass_over();
       }
-      query_place_.advance();
+      tile_.advance();
       leaves_ = true;
     }
   }
@@ -69,16 +69,16 @@ class ShortConsumer {
   __device__ void release_queries() const {
     if (leaves_ && threadIdx.x % 32 == 0) {
       bulk_wait_read();
-      barrier_arrive(s_.query_empty[index_][query_place_.stage ^ 1]);
+      barrier_arrive(s_.query_empty[index_][tile_.place ^ 1]);
     }
   }
 
   // For a tile without rows.
   __device__ void pass_over() {
     release_queries();
-    for (int32_t unit = 0; unit < units_; ++unit, place_.advance()) {
-      if (fresh_) barrier_wait(s_.full[place_.stage], place_.phase);
-      if (done_) release(s_.empty[place_.stage]);
+    for (int32_t unit = 0; unit < units_; ++unit, unit_.advance()) {
+      if (fresh_) barrier_wait(s_.full[unit_.place], unit_.phase);
+      if (done_) release(s_.empty[unit_.place]);
     }
   }
 
@@ -107,7 +107,7 @@ class ShortConsumer {
       });
       return;
     }
-    const uint32_t place = shared_address(s_.query[index_][query_place_.stage]) + threadIdx.x % 128 / 32 * (16 * 128);
+    const uint32_t place = shared_address(s_.query[index_][tile_.place]) + threadIdx.x % 128 / 32 * (16 * 128);
     constexpr uint32_t kColumn = Traits::kTileRows * 128;
     stage_rows<Element, Traits::kWidth>(out, {place, kColumn});
     fence_async_proxy();
@@ -138,8 +138,8 @@ class ShortConsumer {
     weigh(bias, logits, state, decay);
     pack_weights<Element>(logits, weights);
     for (int32_t unit = 1; unit < units_; ++unit) {
-      const int before = place_.stage;
-      place_.advance();
+      const int before = unit_.place;
+      unit_.advance();
       wait_unit();
       mma_pin(logits);
       mma_pin(out);
@@ -163,23 +163,23 @@ class ShortConsumer {
     }
     mma_pin(out);
     mma_fence();
-    multiply_values(weights, place_.stage, out);
+    multiply_values(weights, unit_.place, out);
     mma_commit();
     mma_wait<0>();
     mma_pin(out);
-    if (done_) release(s_.empty[place_.stage]);
-    place_.advance();
+    if (done_) release(s_.empty[unit_.place]);
+    unit_.advance();
   }
 
   __device__ void wait_unit() const {
     if (!fresh_) return;
-    barrier_wait(s_.full[place_.stage], place_.phase);
+    barrier_wait(s_.full[unit_.place], unit_.phase);
     fence_async_proxy();
   }
 
   // Of this thread's columns.
   __device__ void load_bias(float4 (&bias)[4]) const {
-    const float4* const from = reinterpret_cast<const float4*>(s_.bias[place_.stage].column[threadIdx.x % 4]);
+    const float4* const from = reinterpret_cast<const float4*>(s_.bias[unit_.place].column[threadIdx.x % 4]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) bias[j] = from[j];
   }
@@ -187,7 +187,7 @@ class ShortConsumer {
   // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
   __device__ bool weigh(const float4 (&bias)[4], float (&logits)[32], RowState& state, float (&decay)[2]) const {
     // Where all gates are 1, logits are scaled together with the subtraction; a factor below 0 would turn the maximum.
-    const bool* const halves = s_.bias[place_.stage].solid;
+    const bool* const halves = s_.bias[unit_.place].solid;
     const bool solid = halves[0] && halves[1] && a_.factor > 0.0f;
     if (!solid) {
 #pragma unroll
@@ -228,19 +228,19 @@ class ShortConsumer {
 
   // logits = queries keys^T, asynchronously.
   __device__ void multiply_keys(float (&logits)[32]) const {
-    const uint64_t left = advance(queries_, query_place_.stage * sizeof(s_.query[0][0]));
-    const uint64_t right = advance(keys_, place_.stage * sizeof(s_.key[0]));
+    const uint64_t left = advance_low(queries_, tile_.place * sizeof(s_.query[0][0]));
+    const uint64_t right = advance_low(keys_, unit_.place * sizeof(s_.key[0]));
 #pragma unroll
     for (int k = 0; k < Traits::kWidth / 16; ++k)
-      multiply_shared<Element>(logits, advance(left, k / 4 * Traits::kTileRows * 128 + k % 4 * 32),
-                               advance(right, k / 4 * Traits::kSlots * 128 + k % 4 * 32), k > 0);
+      multiply_shared<Element>(logits, advance_low(left, k / 4 * Traits::kTileRows * 128 + k % 4 * 32),
+                               advance_low(right, k / 4 * Traits::kSlots * 128 + k % 4 * 32), k > 0);
   }
 
   // out += weights values, asynchronously.
   __device__ void multiply_values(const uint32_t (&weights)[4][4], int stage, Sums& out) const {
-    const uint64_t right = advance(values_, stage * sizeof(s_.value[0]));
+    const uint64_t right = advance_low(values_, stage * sizeof(s_.value[0]));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(right, k * 16 * 128));
+    for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance_low(right, k * 16 * 128));
   }
 
   // Divides by the sum, and stores the LSE.
@@ -273,8 +273,8 @@ class ShortConsumer {
   bool leaves_ = false;                     // the output of the tile before
   bool fresh_;                              // units are to be waited for
   bool done_;                               // units are not needed any longer
-  RingPlace<Traits::kStages> place_;
-  RingPlace<Traits::kQueryStages> query_place_;
+  Ring<Traits::kStages> unit_;
+  Ring<Traits::kQueryStages> tile_;
 };
 
 }  // namespace sparsek::cuda::sm90

@@ -23,8 +23,8 @@ class ShortProducer {
         values_(a.params.value) {}
 
   __device__ void run() {
-    RingPlace<2> place;
-    for (int64_t index = blockIdx.x; index < a_.jobs; index += gridDim.x, place.advance()) {
+    Ring<2> job;
+    for (int64_t index = blockIdx.x; index < a_.jobs; index += gridDim.x, job.advance()) {
       const int64_t pack = divide(index, a_.splits), key_head = divide(pack, a_.packs);
       batch_ = static_cast<int32_t>(divide(key_head, p_.groups));
       group_ = static_cast<int32_t>(key_head - batch_ * p_.groups);
@@ -35,17 +35,17 @@ class ShortProducer {
       query_ = static_cast<int32_t>(begin >> a_.log_heads);
       const int32_t rows = static_cast<int32_t>(min(a_.job_rows, a_.rows - begin));
       if (threadIdx.x == 0) {
-        barrier_wait(s_.job_empty[place.stage], place.phase ^ 1);
+        barrier_wait(s_.job_empty[job.place], job.phase ^ 1);
         const int64_t row = (int64_t{batch_} * p_.groups * p_.heads_per_group + head_) * p_.queries + query_;
-        s_.jobs[place.stage] = {batch_, head_, query_, rows, units, threshold, p_.lse + row};
-        barrier_arrive(s_.job_full[place.stage]);
+        s_.jobs[job.place] = {batch_, head_, query_, rows, units, threshold, p_.lse + row};
+        barrier_arrive(s_.job_full[job.place]);
       }
       for (int32_t row = 0; row < rows; row += Traits::kRows) {
         bool has_queries = threadIdx.x != 0;                                     // one thread brings them
         const int32_t needed = row > 0 && units <= Traits::kStages ? 0 : units;  // else they have stayed
         for (int32_t unit = 0; unit < needed; ++unit) {
           // Queries come once there is no room for keys: it may be long until there is room for these.
-          if (!has_queries && !barrier_test(s_.empty[place_.stage], place_.phase ^ 1))
+          if (!has_queries && !barrier_test(s_.empty[unit_.place], unit_.phase ^ 1))
             load_queries(row), has_queries = true;
           load_unit(unit);
         }
@@ -121,21 +121,21 @@ class ShortProducer {
 
   __device__ void load_unit(int32_t unit) {
     const int32_t first = unit * Traits::kSlots;
-    barrier_wait(s_.empty[place_.stage], place_.phase ^ 1);
+    barrier_wait(s_.empty[unit_.place], unit_.phase ^ 1);
     if (threadIdx.x < Traits::kSlots) {
       const int slot = threadIdx.x;
       const float bias = s_.list_bias[first + slot];
       const bool solid = __all_sync(~0u, bias == 0.0f);
-      s_.bias[place_.stage].column[slot / 2 % 4][slot / 8 * 2 + slot % 2] = bias;
-      if (lane_ == 0) s_.bias[place_.stage].solid[warp_] = solid;
+      s_.bias[unit_.place].column[slot / 2 % 4][slot / 8 * 2 + slot % 2] = bias;
+      if (lane_ == 0) s_.bias[unit_.place].solid[warp_] = solid;
     }
     const int32_t* const keys = s_.list_key + first + warp_ * kCopied;
-    keys_.copy(keys, true, p_.key.row(batch_, 0, group_), shared_address(s_.key[place_.stage]));
-    values_.copy(keys, true, p_.value.row(batch_, 0, group_), shared_address(s_.value[place_.stage]));
-    barrier_arrive_after_copies(s_.full[place_.stage]);
+    keys_.copy(keys, true, p_.key.row(batch_, 0, group_), shared_address(s_.key[unit_.place]));
+    values_.copy(keys, true, p_.value.row(batch_, 0, group_), shared_address(s_.value[unit_.place]));
+    barrier_arrive_after_copies(s_.full[unit_.place]);
     __syncwarp();
-    if (lane_ == 0) barrier_arrive(s_.full[place_.stage]);  // for the bias
-    place_.advance();
+    if (lane_ == 0) barrier_arrive(s_.full[unit_.place]);  // for the bias
+    unit_.advance();
   }
 
   // The tiles of all consumers, from `row` on; by one thread.
@@ -143,15 +143,15 @@ class ShortProducer {
     constexpr uint32_t kColumn = Traits::kTileRows * 128;  // bytes
 #pragma unroll 1
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer, row += Traits::kTileRows) {
-      uint64_t& full = s_.query_full[consumer][query_place_.stage];
-      barrier_wait(s_.query_empty[consumer][query_place_.stage], query_place_.phase ^ 1);
+      uint64_t& full = s_.query_full[consumer][tile_.place];
+      barrier_wait(s_.query_empty[consumer][tile_.place], tile_.phase ^ 1);
       barrier_expect(full, kColumn * (Traits::kWidth / 64));
       for (int column = 0; column < Traits::kWidth; column += 64)
-        load_tile(shared_address(s_.query[consumer][query_place_.stage][column / 64]), &a_.queries, column, head_,
+        load_tile(shared_address(s_.query[consumer][tile_.place][column / 64]), &a_.queries, column, head_,
                   query_ + (row >> a_.log_heads), batch_, full);
       barrier_arrive(full);
     }
-    query_place_.advance();
+    tile_.advance();
   }
 
   static constexpr int kCopied = Traits::kSlots / 4;  // rows of a unit that a warp copies
@@ -166,8 +166,8 @@ class ShortProducer {
   int32_t batch_, group_;
   int32_t head_;   // first query head
   int32_t query_;  // of the first row
-  RingPlace<Traits::kStages> place_;
-  RingPlace<Traits::kQueryStages> query_place_;
+  Ring<Traits::kStages> unit_;
+  Ring<Traits::kQueryStages> tile_;
 };
 
 }  // namespace sparsek::cuda::sm90

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/short_forward/arguments.h"
 #include "cuda/sm90/short_forward/launch.h"
 
@@ -65,16 +66,5 @@ struct ShortForwardTraits {
 };
 
 constexpr int kListBarrier = 1;  // named barrier of the producer's warps; 0 is __syncthreads
-
-// A place in a ring of stages, each turn over which is another phase.
-template <int kStages>
-struct RingPlace {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
 
 }  // namespace sparsek::cuda::sm90
