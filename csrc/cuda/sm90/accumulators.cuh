@@ -6,6 +6,8 @@
 
 namespace sparsek::cuda::sm90 {
 
+constexpr float kLn2 = 0.6931471805599453f;
+
 // Softmax weights may exceed 1 by so many powers of 2, so that earlier sums are seldom scaled.
 constexpr float kLeeway = 8.0f;
 

@@ -93,6 +93,11 @@ __device__ inline void barrier_init(uint64_t& barrier, uint32_t arrivals) {
 __device__ inline void barrier_arrive(uint64_t& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
+// Once for all of a warp, after what its lanes have done; `lane`: of this thread.
+__device__ inline void barrier_arrive_as_warp(uint64_t& barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier);
+}
 // The phase ends no earlier than this many bytes have been copied.
 __device__ inline void barrier_expect(uint64_t& barrier, uint32_t bytes) {
   asm volatile("mbarrier.expect_tx.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
@@ -125,9 +130,6 @@ __device__ inline void barrier_wait(uint64_t& barrier, uint32_t parity) {
 }
 __device__ inline void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <int N>

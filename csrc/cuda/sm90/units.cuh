@@ -56,8 +56,7 @@ class UnitCursor {
 };
 
 // Copies the rows of a warp, kRows of the kSlots of a unit, to shared memory: lanes next to each other take
-// neighbouring chunks of a row, and each group of lanes consecutive rows, a power of two, whose keys it
-// reads together.
+// neighbouring chunks of a row, and each group of lanes consecutive rows, a power of two, whose keys it reads together.
 template <typename Element, int kWidth, int kSlots, int kRows>
 class RowCopier {
  public:

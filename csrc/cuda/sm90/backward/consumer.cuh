@@ -8,6 +8,7 @@
 
 #include "cuda/sm90/backward/differentiate.cuh"
 #include "cuda/sm90/backward/traits.cuh"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/wgmma.cuh"
 
@@ -26,7 +27,7 @@ class Consumer {
         index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) - 1),
         warp_(static_cast<int>(threadIdx.x) % 128 / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        scale_(static_cast<float>(a.params.scale) * kLog2e) {}
+        scale_(static_cast<float>(a.params.scale) * static_cast<float>(kLog2e)) {}
 
   __device__ void run() {
     Ring<Traits::kUnits> units;
@@ -41,14 +42,13 @@ class Consumer {
       announce();
       if (unit.done) return;
       run_unit(unit);
-      release(s_.unit_empty[units.place]);
+      barrier_arrive_as_warp(s_.unit_empty[units.place], lane_);
       units.advance();
       keys.advance();
     }
   }
 
  private:
-  static constexpr float kLog2e = 1.4426950408889634f;
   static constexpr int kSteps = kRows / 16;
   using Factor = uint32_t[kSteps][4];
   using QuerySums = float[kRows / 32];
@@ -68,7 +68,7 @@ class Consumer {
     const int32_t heads = static_cast<int32_t>(a_.params.heads_per_group);
     for_each_tile_of(unit, heads,
                      [&](int32_t, int32_t tile) { run_tile(unit, tile, keys, key_sums, grad_key, grad_value); });
-    release(s_.keys_empty);
+    barrier_arrive_as_warp(s_.keys_empty, lane_);
     add(unit, grad_key, grad_value, key_sums);
   }
 
@@ -102,14 +102,14 @@ class Consumer {
     multiply_factor(grad_factor, Traits::kCareful ? clean_query() : shared_address(s_.query[query]), grad_key);
     mma_wait<2>();
     mma_pin(grad_value);
-    release(s_.grad_empty[grad]);
+    barrier_arrive_as_warp(s_.grad_empty[grad], lane_);
     mma_wait<1>();
     mma_pin(grad_query);
     if (!may_give) barrier_wait(s_.sums_empty, sums_phase_ ^ 1);
     give(grad_query, query_sums);
     mma_wait<0>();
     mma_pin(grad_key);
-    release(s_.query_empty[query]);
+    barrier_arrive_as_warp(s_.query_empty[query], lane_);
     query_.advance();
     grad_.advance();
     if (++factor_ == Traits::kFactors) factor_ = 0;
@@ -228,7 +228,7 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < kRows / 32; ++i) partial[32 * i] = query_sums[i];
     fence_async_proxy();
-    release(s_.sums_full);
+    barrier_arrive_as_warp(s_.sums_full, lane_);
     sums_phase_ ^= 1;
   }
 
@@ -300,10 +300,6 @@ class Consumer {
   }
 
   __device__ int own_slot(int h) const { return index_ * 64 + warp_ * 16 + lane_ / 4 + 8 * h; }
-  __device__ void release(uint64_t& barrier) const {
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(barrier);
-  }
 
   const BackwardArguments& a_;
   Shared& s_;

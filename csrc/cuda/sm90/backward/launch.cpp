@@ -3,10 +3,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
-
 #include "cuda/common/device.h"
 #include "cuda/sm90/backward/arguments.h"
+#include "cuda/sm90/launch.h"
 
 namespace sparsek::cuda {
 
@@ -17,7 +16,7 @@ void run_backward_sm90(const BackwardParams<float>& params, const Plan& plan, co
   sm90::BackwardArguments arguments{};
   arguments.params = params;
   arguments.plan = plan;
-  arguments.width = std::max(params.query.width, params.value.width) <= 64 ? 64 : 128;
+  arguments.width = sm90::padded_width(params);
   arguments.tiles = query_tiles(sm90::tile_rows(arguments.width), 1);
   arguments.num_tiles = sequences.num_items(sequences.cu_q, params.queries, arguments.tiles);
   arguments.num_runs = sequences.num_items(sequences.cu_k, params.keys, plan.runs);

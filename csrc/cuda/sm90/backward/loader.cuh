@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cuda/sm90/backward/traits.cuh"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/units.cuh"
 
@@ -63,8 +64,7 @@ class Loader {
       });
       bring_keys();
       ask();
-      __syncwarp();
-      if (lane_ == 0) barrier_arrive(s_.unit_empty[units.place]);
+      barrier_arrive_as_warp(s_.unit_empty[units.place], lane_);
       units.advance();
     }
   }
@@ -72,7 +72,6 @@ class Loader {
  private:
   static constexpr int kChunks = Traits::kWidth / 8, kStep = 32 / kChunks;
   static constexpr int kRowsOfLane = Traits::kRows / 32;
-  static constexpr float kLog2e = 1.4426950408889634f;
   struct RowsOfLane {
     float lse[kRowsOfLane], delta[kRowsOfLane], threshold[kRowsOfLane];
   };
@@ -82,8 +81,7 @@ class Loader {
   __device__ void arrive(uint64_t& barrier) const {
     wait_copies();
     fence_async_proxy();
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(barrier);
+    barrier_arrive_as_warp(barrier, lane_);
   }
 
   __device__ RowsOfLane load_rows(const Unit& unit, int32_t head, int32_t tile) const {
@@ -96,7 +94,7 @@ class Loader {
       rows.threshold[n] = NAN;
       if (position < unit.first_query || position >= unit.end_query) continue;
       const int64_t row = unit.lse_row + head * p_.queries + position;
-      rows.lse[n] = p_.lse[row] * kLog2e;
+      rows.lse[n] = p_.lse[row] * static_cast<float>(kLog2e);
       rows.delta[n] = p_.delta[row];
       rows.threshold[n] = p_.threshold[unit.threshold_row + position];
     }

@@ -23,8 +23,7 @@ class Scout {
       Unit& unit = s_.units[units.place];
       const bool found = find(unit);
       if (lane_ == 0) unit.done = !found;
-      __syncwarp();
-      if (lane_ == 0) barrier_arrive(s_.unit_full[units.place]);
+      barrier_arrive_as_warp(s_.unit_full[units.place], lane_);
       if (!found) return;
       units.advance();
       // Not earlier: others might wait for this unit.

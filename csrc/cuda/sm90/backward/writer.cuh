@@ -20,8 +20,7 @@ class Writer {
       const Unit& unit = s_.units[units.place];
       if (unit.done) return;
       write(unit);
-      __syncwarp();
-      if (lane_ == 0) barrier_arrive(s_.unit_empty[units.place]);
+      barrier_arrive_as_warp(s_.unit_empty[units.place], lane_);
       units.advance();
     }
   }

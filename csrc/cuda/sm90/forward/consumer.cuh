@@ -23,11 +23,12 @@ class Consumer {
 
   __device__ void run() {
     while (true) {
-      wait(s_.query_full[query_.place], query_.phase);
+      barrier_wait(s_.query_full[query_.place], query_.phase);
+      fence_async_proxy();
       const auto message = s_.message[query_.place];
       if (message == Traits::kDone) return;
       run_tile(message == Traits::kKeys);
-      release(s_.query_empty[query_.place]);
+      barrier_arrive_as_warp(s_.query_empty[query_.place], threadIdx.x % 32);
       query_.advance();
     }
   }
@@ -91,14 +92,14 @@ class Consumer {
         mma_wait<0>();
       }
       mma_pin(logits);
-      release(s_.key_empty[key_.place]);
+      barrier_arrive_as_warp(s_.key_empty[key_.place], threadIdx.x % 32);
       const bool rescale = weigh_unit(flags, logits, state, decay);
       key_.advance();
       has_keys = barrier_test(s_.key_full[key_.place], key_.phase);
       mma_wait<0>();
       mma_pin(out);
       if (!first) {
-        release(s_.value_empty[value_.place]);
+        barrier_arrive_as_warp(s_.value_empty[value_.place], threadIdx.x % 32);
         value_.advance();
       }
       if (rescale) {
@@ -116,7 +117,7 @@ class Consumer {
     mma_commit();
     mma_wait<0>();
     mma_pin(out);
-    release(s_.value_empty[value_.place]);
+    barrier_arrive_as_warp(s_.value_empty[value_.place], threadIdx.x % 32);
     value_.advance();
   }
 
@@ -255,15 +256,6 @@ class Consumer {
 
   // Of the unit whose keys are next.
   __device__ const typename Traits::Notes& notes() const { return s_.notes[Traits::note_of(key_)]; }
-  __device__ static void wait(uint64_t& barrier, uint32_t phase) {
-    barrier_wait(barrier, phase);
-    fence_async_proxy();
-  }
-  __device__ void release(uint64_t& barrier) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-  }
-  static constexpr float kLn2 = 0.6931471805599453f;
 
   const ForwardArguments& a_;
   Shared& s_;

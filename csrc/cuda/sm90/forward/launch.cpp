@@ -3,10 +3,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "cuda/sm90/forward/arguments.h"
+#include "cuda/sm90/launch.h"
 
 namespace sparsek::cuda {
 
@@ -19,12 +19,11 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
   arguments.tiles = query_tiles(kForwardRowsSm90, arguments.heads);
   arguments.num_tiles = params.sequences.num_items(params.sequences.cu_q, params.queries, arguments.tiles);
   arguments.work = arguments.num_tiles * (params.groups * params.heads_per_group / arguments.heads);
-  constexpr double kLog2e = 1.4426950408889634;
   arguments.sign = params.scale > 0 ? 1.0f : params.scale < 0 ? -1.0f : 0.0f;
-  arguments.magnitude = params.scale == 0 ? 1.0f : static_cast<float>(std::abs(params.scale) * kLog2e);
+  arguments.magnitude = params.scale == 0 ? 1.0f : static_cast<float>(std::abs(params.scale) * sm90::kLog2e);
   if (arguments.work == 0) return;
   static_assert(kForwardRowsSm90 == 64 * sm90::kForwardConsumers);
-  const int width = std::max(params.query.width, params.value.width) <= 64 ? 64 : 128;
+  const int width = sm90::padded_width(params);
   const int64_t readers = (params.pattern.causal ? plan.runs.size : params.queries) / arguments.tiles.size;
   const sm90::CompactMemory copies = sm90::make_compact(params, plan, width, readers, reference, stream);
   arguments.compact = copies.compact;

@@ -156,8 +156,7 @@ class KeyProducer {
       copier_.copy(s_.key_rows + thread_ / 32 * kKeyRows, whole, base_, shared_address(s_.key[ring_.place]));
     }
     barrier_arrive_after_copies(s_.key_full[ring_.place]);
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(s_.key_full[ring_.place]);  // for the notes
+    barrier_arrive_as_warp(s_.key_full[ring_.place], lane_);  // for the notes
     ring_.advance();
   }
 
@@ -334,8 +333,7 @@ class QueryProducer {
   // Tells the consumers once the copies are done, and now of ordinary writes.
   __device__ void tell() const {
     barrier_arrive_after_copies(s_.query_full[ring_.place]);
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(s_.query_full[ring_.place]);
+    barrier_arrive_as_warp(s_.query_full[ring_.place], lane_);
   }
 
   const ForwardArguments& a_;

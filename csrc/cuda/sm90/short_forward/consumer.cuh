@@ -33,7 +33,7 @@ class ShortConsumer {
     for (int64_t index = blockIdx.x; index < a_.jobs; index += gridDim.x, job.advance()) {
       barrier_wait(s_.job_full[job.place], job.phase);
       run_job(s_.jobs[job.place]);
-      release(s_.job_empty[job.place]);
+      barrier_arrive_as_warp(s_.job_empty[job.place], threadIdx.x % 32);
     }
     if (threadIdx.x % 32 == 0) bulk_wait_read();  // shared memory ends with the CTA
   }
@@ -78,7 +78,7 @@ class ShortConsumer {
     release_queries();
     for (int32_t unit = 0; unit < units_; ++unit, unit_.advance()) {
       if (fresh_) barrier_wait(s_.full[unit_.place], unit_.phase);
-      if (done_) release(s_.empty[unit_.place]);
+      if (done_) barrier_arrive_as_warp(s_.empty[unit_.place], threadIdx.x % 32);
     }
   }
 
@@ -154,7 +154,7 @@ class ShortConsumer {
       const bool rescale = weigh(bias, logits, state, decay);
       mma_wait<0>();
       mma_pin(out);
-      if (done_) release(s_.empty[before]);
+      if (done_) barrier_arrive_as_warp(s_.empty[before], threadIdx.x % 32);
       if (rescale) {
 #pragma unroll
         for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
@@ -167,7 +167,7 @@ class ShortConsumer {
     mma_commit();
     mma_wait<0>();
     mma_pin(out);
-    if (done_) release(s_.empty[unit_.place]);
+    if (done_) barrier_arrive_as_warp(s_.empty[unit_.place], threadIdx.x % 32);
     unit_.advance();
   }
 
@@ -258,12 +258,6 @@ class ShortConsumer {
     for (int i = 0; i < Traits::kWidth / 2; ++i)
       if (i / 2 % 2 == h) out[i] *= factor;
   }
-
-  __device__ void release(uint64_t& barrier) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-  }
-  static constexpr float kLn2 = 0.6931471805599453f;
 
   const ShortForwardArguments& a_;
   Shared& s_;

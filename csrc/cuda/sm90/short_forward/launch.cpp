@@ -3,12 +3,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
-
 #include "cuda/plan/plan.h"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/short_forward/arguments.h"
 
 namespace sparsek::cuda {
+
 void run_short_forward_sm90(const ForwardParams<float>& params, const Rows& columns, int multiprocessors,
                             cudaStream_t stream) {
   sm90::ShortForwardArguments arguments{};
@@ -25,9 +25,8 @@ void run_short_forward_sm90(const ForwardParams<float>& params, const Rows& colu
   };
   arguments.queries = tiles(params.query, sm90::kShortTileRows);
   if (params.out.dtype == params.query.dtype) arguments.out = tiles(params.out, sm90::kShortTileRows / 4);
-  constexpr double kLog2e = 1.4426950408889634;
-  arguments.factor = static_cast<float>(params.scale * kLog2e);
-  const int width = std::max(params.query.width, params.value.width) <= 64 ? 64 : 128;
+  arguments.factor = static_cast<float>(params.scale * sm90::kLog2e);
+  const int width = sm90::padded_width(params);
   if (params.query.dtype == torch::headeronly::ScalarType::BFloat16) {
     sm90::launch_short_forward_of<__nv_bfloat16>(arguments, width, multiprocessors, stream);
   } else {

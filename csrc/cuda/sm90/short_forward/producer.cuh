@@ -133,8 +133,7 @@ class ShortProducer {
     keys_.copy(keys, true, p_.key.row(batch_, 0, group_), shared_address(s_.key[unit_.place]));
     values_.copy(keys, true, p_.value.row(batch_, 0, group_), shared_address(s_.value[unit_.place]));
     barrier_arrive_after_copies(s_.full[unit_.place]);
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(s_.full[unit_.place]);  // for the bias
+    barrier_arrive_as_warp(s_.full[unit_.place], lane_);  // for the bias
     unit_.advance();
   }
 
