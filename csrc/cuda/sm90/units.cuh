@@ -55,72 +55,86 @@ class UnitCursor {
   int32_t unit_;
 };
 
-// Copies the rows of a warp, kRows of the kSlots of a unit, to shared memory: lanes next to each other take
-// neighbouring chunks of a row, and each group of lanes consecutive rows, a power of two, whose keys it reads together.
+// Copies the rows of a warp, kRows of the kSlots of a unit, to shared memory: eight lanes take a row, 128 bytes at
+// once, so that an address serves all of its columns of 64 elements; each group of lanes takes consecutive rows, a
+// power of two, whose keys it reads together.
 template <typename Element, int kWidth, int kSlots, int kRows>
 class RowCopier {
  public:
-  static constexpr int kChunks = kWidth / 8, kGroups = 32 / kChunks, kRowsOfLane = kRows / kGroups;
+  static constexpr int kRowsOfLane = kRows / 4, kColumns = kWidth / 64;
+  static_assert(kRowsOfLane % 4 == 0);
 
   __device__ explicit RowCopier(const Rows& rows)
-      : chunk_(static_cast<int>(threadIdx.x) % kChunks),
-        first_(static_cast<int>(threadIdx.x) % 32 / kChunks * kRowsOfLane),
+      : chunk_(static_cast<int>(threadIdx.x) % 8),
+        first_(static_cast<int>(threadIdx.x) % 32 / 8 * kRowsOfLane),
         row_(static_cast<int>(threadIdx.x) / 32 * kRows % kSlots + first_),
         stride_(static_cast<uint32_t>(rows.stride[1] * sizeof(Element))),
-        inside_(chunk_ * 8 < rows.width),
-        full_width_(rows.width == kWidth) {}
+        width_(static_cast<int>(rows.width)) {}
 
   // keys [kRows] of this warp, relative to `base`; -1 for none: those rows are zeroed. `whole`: there are no such rows.
   __device__ void copy(const int32_t* keys, bool whole, const char* base, uint32_t to) const {
-    // Bits 4 to 6 of a row's address are its chunk, which the swizzle turns; the rest is added.
-    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + (chunk_ ^ row_) % 8 * 16;
     const char* from = base + chunk_ * 16;
-    asm volatile("" : "+l"(from));  // one addition a row, not two
-    if (whole && full_width_) {
+    asm volatile("" : "+l"(from));  // in registers next to each other: else there are three instructions a row
+    if (whole && width_ == kWidth) {
 #pragma unroll
       for (int i = 0; i < kRowsOfLane; i += 4) {
         const int4 key = *reinterpret_cast<const int4*>(keys + first_ + i);
-        copy_async_16(place(column, i), from + offset(key.x));
-        copy_async_16(place(column, i + 1), from + offset(key.y));
-        copy_async_16(place(column, i + 2), from + offset(key.z));
-        copy_async_16(place(column, i + 3), from + offset(key.w));
+        copy_row(place(to, i), row_of(from, key.x));
+        copy_row(place(to, i + 1), row_of(from, key.y));
+        copy_row(place(to, i + 2), row_of(from, key.z));
+        copy_row(place(to, i + 3), row_of(from, key.w));
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kRowsOfLane; ++i) {
         const int32_t key = keys[first_ + i];
-        const bool read = inside_ && key >= 0;
-        copy_async_16(place(column, i), read ? from + offset(key) : base, read);
+#pragma unroll
+        for (int column = 0; column < kColumns; ++column) {
+          const bool read = column * 64 + chunk_ * 8 < width_ && key >= 0;
+          copy_async_16(place(to, i) + column * kSlots * 128, read ? row_of(from, key) + column * 128 : base, read);
+        }
       }
     }
   }
 
   // Waits for this warp's copies, and replaces what is not finite by 0; sets poisoned [kRows] for such rows.
   __device__ void clean(uint32_t to, uint8_t* poisoned) const {
-    const uint32_t column = to + chunk_ / 8 * (kSlots * 128) + row_ * 128 + (chunk_ ^ row_) % 8 * 16;
     wait_copies();
-    for (int i = 0; i < kRowsOfLane; ++i) {
-      Element x[8];
-      load_shared_16(x, place(column, i));
-      bool bad = false;
-      for (auto& element : x) {
-        if (isfinite(static_cast<float>(element))) continue;
-        element = 0.0f;
-        bad = true;
+    for (int i = 0; i < kRowsOfLane; ++i)
+      for (int column = 0; column < kColumns; ++column) {
+        const uint32_t at = place(to, i) + column * kSlots * 128;
+        Element x[8];
+        load_shared_16(x, at);
+        bool bad = false;
+        for (auto& element : x) {
+          if (isfinite(static_cast<float>(element))) continue;
+          element = 0.0f;
+          bad = true;
+        }
+        if (!bad) continue;
+        store_shared_16(x, at);
+        poisoned[first_ + i] = 1;
       }
-      if (!bad) continue;
-      store_shared_16(x, place(column, i));
-      poisoned[first_ + i] = 1;
-    }
   }
 
  private:
-  __device__ uint64_t offset(int32_t key) const { return uint64_t{static_cast<uint32_t>(key)} * stride_; }
-  __device__ static uint32_t place(uint32_t column, int row) { return (column ^ row % 8 * 16) + row * 128; }
+  __device__ const char* row_of(const char* from, int32_t key) const {
+    uint64_t row;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(row) : "r"(key), "r"(stride_), "l"(from));
+    return reinterpret_cast<const char*>(row);
+  }
+  // Bits 4 to 6 of a row's address are its chunk, which the swizzle turns; the rest is added.
+  __device__ uint32_t place(uint32_t to, int i) const {
+    return ((to + row_ * 128 + (chunk_ ^ row_) % 8 * 16) ^ i % 8 * 16) + i * 128;
+  }
+  __device__ static void copy_row(uint32_t to, const char* row) {
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) copy_async_16(to + column * kSlots * 128, row + column * 128);
+  }
 
   const int chunk_, first_, row_;  // of the unit
   const uint32_t stride_;
-  const bool inside_, full_width_;
+  const int width_;
 };
 
 }  // namespace sparsek::cuda::sm90
