@@ -9,15 +9,18 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kAllocators = 1024;
 
-// Gives lists their units, the last ones first: runs late in a sequence list the fewest rows for the pairs they see.
-// One CTA.
-__global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* head, int64_t lists, Compact compact) {
+// Gives the lists of some groups their units, the last ones first: runs late in a sequence list the fewest rows for the
+// pairs they see. One CTA.
+__global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* head, int64_t runs, int64_t all_groups,
+                                                              int64_t first_group, int64_t groups, Compact compact) {
   __shared__ int64_t totals[kAllocators / 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t lists = runs * groups;
   int64_t used = 0;
   for (int64_t base = 0; base < lists; base += kAllocators) {
-    const int64_t list = lists - 1 - base - threadIdx.x;
-    const int64_t units = list < 0 ? 0 : max((head[list].count + kUnit - 1) / kUnit, 0);
+    const int64_t rank = lists - 1 - base - threadIdx.x, run = rank < 0 ? 0 : divide(rank, groups);
+    const int64_t list = run * all_groups + first_group + rank - run * groups;
+    const int64_t units = rank < 0 ? 0 : max((head[list].count + kUnit - 1) / kUnit, 0);
     int64_t through = units;  // of this list and those before it in the warp
     for (int offset = 1; offset < 32; offset *= 2) {
       const int64_t before = __shfl_up_sync(~0u, through, offset);
@@ -31,11 +34,14 @@ __global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* hea
       used += totals[w];
     }
     __syncthreads();
-    if (list < 0) continue;
     const bool fits = units > 0 && first + units <= compact.units;
-    compact.first_unit[list] = fits ? static_cast<int32_t>(first) : -1;
-    for (int64_t unit = first; unit < min(first + units, compact.units); ++unit)
-      compact.owner[unit] = fits ? static_cast<int32_t>(list) : -1;
+    if (rank >= 0) compact.first_unit[list] = fits ? static_cast<int32_t>(first) : -1;
+    for (int from = 0; from < 32; ++from) {
+      const int64_t begin = __shfl_sync(~0u, first, from);
+      const int64_t end = min(begin + __shfl_sync(~0u, units, from), compact.units);
+      const int32_t owner = __shfl_sync(~0u, fits ? static_cast<int32_t>(list) : -1, from);
+      for (int64_t unit = begin + lane; unit < end; unit += 32) compact.owner[unit] = owner;
+    }
   }
   for (int64_t unit = used + threadIdx.x; unit < compact.units; unit += kAllocators) compact.owner[unit] = -1;
 }
@@ -80,20 +86,23 @@ __global__ void __launch_bounds__(kThreads)
   copy_unit<kWidth>(p.value, p.value.row(sequence.batch, sequence.key_begin, group), keys, count, compact.value + to);
 }
 
+int64_t count_runs(const AttentionParams<float>& params, const Plan& plan) {
+  return params.sequences.num_items(params.sequences.cu_k, params.keys, plan.runs);
+}
+
 }  // namespace
 
 CompactMemory make_compact(const AttentionParams<float>& params, const Plan& plan, int width, int64_t readers,
-                           const Tensor& reference, cudaStream_t stream) {
+                           const Tensor& reference) {
   constexpr int64_t kFewReaders = 8;
   if (readers < kFewReaders) return {};
-  const Sequences& sequences = params.sequences;
-  const int64_t lists = sequences.num_items(sequences.cu_k, params.keys, plan.runs) * params.groups;
+  const int64_t lists = count_runs(params, plan) * params.groups;
   Compact compact{};
-  const int64_t rows = params.batch * params.keys * params.groups;
+  const int64_t rows = params.batch * params.keys * params.groups, usual = rows * 3 / 4;
   // Long sequences: with lists and the rest, at most half of what keys and values take.
   constexpr int64_t kLongSequence = 32768, kOtherBytes = 56;
   const int64_t row_bytes = 2 * 2 * width;
-  const int64_t room = params.keys < kLongSequence ? rows * 3 / 2 : rows * (row_bytes / 2 - kOtherBytes) / row_bytes;
+  const int64_t room = params.keys < kLongSequence ? 2 * usual : rows * (row_bytes / 2 - kOtherBytes) / row_bytes;
   compact.units = room / kUnit;
   if (compact.units == 0 || lists == 0) return {};
   const int64_t bytes = compact.units * kUnit * width * 2;
@@ -103,10 +112,16 @@ CompactMemory make_compact(const AttentionParams<float>& params, const Plan& pla
   compact.value = compact.key + bytes;
   compact.first_unit = reinterpret_cast<int32_t*>(compact.value + bytes);
   compact.owner = compact.first_unit + lists;
-  launch("allocate_units", allocate_units, 1, kAllocators, 0, stream, plan.head, lists, compact);
+  return {compact, workspace, room < usual && usual <= 2 * room ? 2 : 1};
+}
+
+void copy_rows(const AttentionParams<float>& params, const Plan& plan, int width, const Compact& compact,
+               int64_t first_group, int64_t groups, cudaStream_t stream) {
+  if (compact.units == 0) return;
+  launch("allocate_units", allocate_units, 1, kAllocators, 0, stream, plan.head, count_runs(params, plan),
+         params.groups, first_group, groups, compact);
   launch("copy_units", width == 64 ? copy_units<64> : copy_units<128>, compact.units, kThreads, 0, stream, params, plan,
          compact);
-  return {compact, workspace};
 }
 
 }  // namespace sparsek::cuda::sm90

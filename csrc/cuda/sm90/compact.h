@@ -26,11 +26,16 @@ struct Compact {
 struct CompactMemory {
   Compact compact;
   Tensor workspace;
+  int64_t parts;  // two: there may be room for half of the groups, and then for the others
 };
 
-// Of 16-bit keys and values whose rows are aligned to 16 bytes, padded to `width` columns, 64 or 128. `readers`: how
-// many tiles of queries read a list; for few of them none is copied.
+// Room for copies of 16-bit keys and values whose rows are aligned to 16 bytes, padded to `width` columns, 64 or 128.
+// `readers`: how many tiles of queries read a list; for few of them none is copied.
 CompactMemory make_compact(const AttentionParams<float>& params, const Plan& plan, int width, int64_t readers,
-                           const Tensor& reference, cudaStream_t stream);
+                           const Tensor& reference);
+
+// Copies what the lists of some groups name, over copies for other groups.
+void copy_rows(const AttentionParams<float>& params, const Plan& plan, int width, const Compact& compact,
+               int64_t first_group, int64_t groups, cudaStream_t stream);
 
 }  // namespace sparsek::cuda::sm90

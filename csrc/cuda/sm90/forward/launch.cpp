@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/sm90/forward/arguments.h"
@@ -18,22 +19,33 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
   arguments.heads = heads_per_tile(params.heads_per_group);
   arguments.tiles = query_tiles(kForwardRowsSm90, arguments.heads);
   arguments.num_tiles = params.sequences.num_items(params.sequences.cu_q, params.queries, arguments.tiles);
-  arguments.work = arguments.num_tiles * (params.groups * params.heads_per_group / arguments.heads);
   arguments.sign = params.scale > 0 ? 1.0f : params.scale < 0 ? -1.0f : 0.0f;
   arguments.magnitude = params.scale == 0 ? 1.0f : static_cast<float>(std::abs(params.scale) * sm90::kLog2e);
-  if (arguments.work == 0) return;
+  const int64_t packs_per_group = params.heads_per_group / arguments.heads;
+  const int64_t all_work = arguments.num_tiles * params.groups * packs_per_group;
+  if (all_work == 0) return;
   static_assert(kForwardRowsSm90 == 64 * sm90::kForwardConsumers);
   const int width = sm90::padded_width(params);
   const int64_t readers = (params.pattern.causal ? plan.runs.size : params.queries) / arguments.tiles.size;
-  const sm90::CompactMemory copies = sm90::make_compact(params, plan, width, readers, reference, stream);
+  const sm90::CompactMemory copies = sm90::make_compact(params, plan, width, readers, reference);
   arguments.compact = copies.compact;
   // Zeros, for tiles without queries are never written.
-  const Tensor suspects = make_zeros(reference, {arguments.work, sm90::kForwardConsumers}, ScalarType::Int);
+  const Tensor suspects = make_zeros(reference, {all_work, sm90::kForwardConsumers}, ScalarType::Int);
   arguments.suspects = static_cast<uint32_t*>(suspects.mutable_data_ptr());
-  if (params.query.dtype == torch::headeronly::ScalarType::BFloat16) {
-    sm90::launch_forward_of<__nv_bfloat16>(arguments, width, multiprocessors, stream);
-  } else {
-    sm90::launch_forward_of<__half>(arguments, width, multiprocessors, stream);
+  const auto launch = params.query.dtype == torch::headeronly::ScalarType::BFloat16
+                          ? sm90::launch_forward_of<__nv_bfloat16>
+                          : sm90::launch_forward_of<__half>;
+  // Some groups after others, where there is no room for the rows of all: but not so few that multiprocessors idle.
+  constexpr int64_t kFewestTiles = 8;  // of a multiprocessor
+  const int64_t parts = std::max<int64_t>(1, std::min(copies.parts, all_work / (kFewestTiles * multiprocessors)));
+  const int64_t most = (params.groups + parts - 1) / parts;
+  for (int64_t first = 0; first < params.groups; first += most) {
+    const int64_t groups = std::min(most, params.groups - first);
+    sm90::copy_rows(params, plan, width, arguments.compact, first, groups, stream);
+    arguments.first_pack = first * packs_per_group;
+    arguments.work = arguments.num_tiles * groups * packs_per_group;
+    launch(arguments, width, multiprocessors, stream);
+    arguments.suspects += arguments.work * sm90::kForwardConsumers;
   }
 }
 

@@ -33,7 +33,8 @@ __device__ void for_each_tile(const ForwardArguments& a, const Visit& visit) {
     if (index >= a.work || (Traits::kCareful && !is_suspect<Traits>(a, index))) continue;
     const int64_t first = divide(index, kPacks * a.num_tiles) * kPacks, among = min(kPacks, packs - first);
     const int64_t rank = index - first * a.num_tiles, row = divide(rank, among), pack = first + rank - row * among;
-    const QueryTile tile = find_query_tile(a.params, a.tiles, a.num_tiles - 1 - row, pack * a.heads, a.heads);
+    const int64_t head = (a.first_pack + pack) * a.heads;
+    const QueryTile tile = find_query_tile(a.params, a.tiles, a.num_tiles - 1 - row, head, a.heads);
     if (tile.last >= tile.first) visit(tile, index);
   }
 }
