@@ -8,9 +8,6 @@ namespace sparsek::cuda::sm90 {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Softmax weights may exceed 1 by so many powers of 2, so that earlier sums are seldom scaled.
-constexpr float kLeeway = 8.0f;
-
 __device__ inline float reduce_max(float x) {  // over the four threads of a row
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));

@@ -22,6 +22,12 @@ __device__ inline void mma_pin(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// The same for left factors in registers, which the products read until they are done.
+__device__ inline void mma_pin(uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
 // Shared memory of rows of 128 bytes in the 128-byte swizzle: 16-byte chunk c of row r lies at chunk c ^ (r % 8).
 // `stride` leads from one column of 64 elements to the next, for operands whose columns run along the rows
 // (transposed).

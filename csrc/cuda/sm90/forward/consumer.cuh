@@ -36,14 +36,14 @@ class Consumer {
  private:
   __device__ void run_tile(bool has_keys) {
     const int lane = threadIdx.x % 32;
-    const int row = index_ * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const typename Traits::Row* rows = &s_.rows[query_.place][row];
+    const typename Traits::Row* rows = &s_.rows[query_.place][first_row()];
     RowState state;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       state.threshold[h] = rows[8 * h].threshold;
-      state.position[h] = rows[8 * h].position;
-      state.reference[h] = kNoReference;
+      // Weights of who sees nothing are to be 0, not to look as if they grew.
+      const bool sees = rows[8 * h].out != nullptr && rows[8 * h].threshold == rows[8 * h].threshold;
+      state.reference[h] = sees ? kNoReference : -kNoReference;
       state.sum[h] = 0.0f;
       state.poisoned[h] = false;
     }
@@ -64,7 +64,7 @@ class Consumer {
 
   // Unit by unit: while the weights of one are made, the tensor cores multiply the weights before with their values.
   __device__ void attend(RowState& state, Sums& out) {
-    float logits[32], decay[2];
+    float logits[32];
     uint32_t weights[4][4], flags = 0;
     if (a_.sign != 1.0f) sign_queries();
     bool has_keys = barrier_test(s_.key_full[key_.place], key_.phase);
@@ -93,20 +93,32 @@ class Consumer {
       }
       mma_pin(logits);
       barrier_arrive_as_warp(s_.key_empty[key_.place], threadIdx.x % 32);
-      const bool rescale = weigh_unit(flags, logits, state, decay);
+      // Often keys not seen need not be looked for: gates of 0 take them out, unless that makes something not finite.
+      const typename Traits::Notes& notes = this->notes();
+      const bool by_gates = !first && !Traits::kCareful && !(flags & Traits::kPlaced);
+      float sums[2];
+      uint32_t next[4][4];
+      bool good = false;
+      if (by_gates) {
+        weigh_unit(flags & Traits::kSolid, logits, notes, state, sums, next);
+        good = __all_sync(~0u, sums[0] <= kMostWeight && sums[1] <= kMostWeight);
+      }
       key_.advance();
       has_keys = barrier_test(s_.key_full[key_.place], key_.phase);
       mma_wait<0>();
       mma_pin(out);
+      mma_pin(weights);
       if (!first) {
         barrier_arrive_as_warp(s_.value_empty[value_.place], threadIdx.x % 32);
         value_.advance();
       }
-      if (rescale) {
+      if (!good) weigh_seen(first, flags, notes, logits, state, out, sums, next);
 #pragma unroll
-        for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
-      }
-      pack_weights<Element>(logits, weights);
+      for (int h = 0; h < 2; ++h) state.sum[h] += sums[h];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights[k][i] = next[k][i];
     }
     barrier_wait(s_.value_full[value_.place], value_.phase);
     if (Traits::kCareful || (flags & Traits::kGathered)) fence_async_proxy();
@@ -121,44 +133,47 @@ class Consumer {
     value_.advance();
   }
 
-  // Turns logits into weights. Returns whether earlier sums are to be scaled, by `decay`.
-  __device__ bool weigh_unit(uint32_t flags, float (&logits)[32], RowState& state, float (&decay)[2]) const {
-    const typename Traits::Column& notes = this->notes().column[threadIdx.x % 4];
-    const int32_t window = static_cast<int32_t>(a_.params.pattern.window);
-    float highest[2];
-    const auto grows = [&](int h) { return fmaf(highest[h], a_.magnitude, -state.reference[h]) > kLeeway; };
-    if (flags & Traits::kEntering) {
-      mask<Traits, Seen::kEntering>(logits, notes, window, state, highest);
-    } else if (flags & Traits::kWindow) {
-      mask<Traits, Seen::kWindow>(logits, notes, window, state, highest);
+  __device__ void weigh_unit(bool solid, const float (&logits)[32], const typename Traits::Notes& notes,
+                             const RowState& state, float (&sums)[2], uint32_t (&weights)[4][4]) const {
+    const typename Traits::Column& column = notes.column[threadIdx.x % 4];
+    if (solid) {
+      weigh<Traits, false>(logits, column, a_.magnitude, state, sums, weights);
     } else {
-      mask<Traits, Seen::kAll>(logits, notes, window, state, highest);
+      weigh<Traits, true>(logits, column, a_.magnitude, state, sums, weights);
     }
-    bool rescale = __any_sync(~0u, grows(0) || grows(1));
-    // A gate of 0 takes keys out by itself, unless they are not finite or would raise the reference.
-    const bool gates_decide = !(flags & (Traits::kSolid | Traits::kEntering | Traits::kWindow));
-    if (gates_decide && (rescale || Traits::kCareful)) {
-      mask<Traits, Seen::kByScore>(logits, notes, window, state, highest);
-      rescale = __any_sync(~0u, grows(0) || grows(1));
+  }
+
+  // The same where it matters which keys are seen. What a row's weights are relative to follows from what it sees
+  // alone.
+  __device__ void weigh_seen(bool first, uint32_t flags, const typename Traits::Notes& notes, float (&logits)[32],
+                             RowState& state, Sums& out, float (&sums)[2], uint32_t (&weights)[4][4]) const {
+    const typename Traits::Column& column = notes.column[threadIdx.x % 4];
+    if (flags & Traits::kPlaced) {
+      int32_t position[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) position[h] = s_.rows[query_.place][first_row() + 8 * h].position;
+      mask<Traits, true>(logits, column, notes.span, position, state);
+    } else {
+      mask<Traits, false>(logits, column, notes.span, {}, state);
     }
-    decay[0] = decay[1] = 1.0f;
-    if (rescale) {
+    bool fail[2] = {true, true};
+#pragma unroll 1
+    for (bool again = first;; again = true) {
+      if (again) {
+        float decay[2];
+        raise<Traits>(logits, fail, a_.magnitude, state, decay);
+#pragma unroll
+        for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
+      }
+      weigh<Traits, true>(logits, column, a_.magnitude, state, sums, weights);
+      if (again) return;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        highest[h] = reduce_max(highest[h]);
-        if (!grows(h)) continue;
-        const float reference = highest[h] * a_.magnitude;
-        decay[h] = exp2_fast(state.reference[h] - reference);
-        state.reference[h] = reference;
-        state.sum[h] *= decay[h];
+        const uint32_t failing = __ballot_sync(~0u, !(sums[h] <= kMostWeight));
+        fail[h] = failing >> (threadIdx.x % 32 & ~3) & 15;
       }
+      if (!__any_sync(~0u, fail[0] || fail[1])) return;
     }
-    if (flags & (Traits::kSolid | Traits::kWindow)) {
-      weigh<Traits, false>(logits, notes, a_.magnitude, state);
-    } else {
-      weigh<Traits, true>(logits, notes, a_.magnitude, state);
-    }
-    return rescale;
   }
 
   // Gives the queries the sign of the scale.
@@ -189,7 +204,7 @@ class Consumer {
   }
 
   // out += weights values, asynchronously.
-  __device__ void multiply_values(uint32_t (&weights)[4][4], Sums& out) const {
+  __device__ void multiply_values(const uint32_t (&weights)[4][4], Sums& out) const {
     const uint64_t value = matrix_descriptor(shared_address(s_.value[value_.place]), Traits::kSlots * 128);
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(value, k * 16 * 128));
@@ -256,6 +271,8 @@ class Consumer {
 
   // Of the unit whose keys are next.
   __device__ const typename Traits::Notes& notes() const { return s_.notes[Traits::note_of(key_)]; }
+
+  __device__ int first_row() const { return index_ * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
   const ForwardArguments& a_;
   Shared& s_;

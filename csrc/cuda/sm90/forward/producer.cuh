@@ -109,7 +109,7 @@ class KeyProducer {
     if (cursor_.is_window(unit)) {
       begin_ = cursor_.first_key(unit);
       end_ = min(blocks.last + 1, keys_);
-      flags_ = Traits::kWindow;
+      flags_ = Traits::kPlaced;
       return;
     }
     const RunView& run = blocks.run;
@@ -133,10 +133,13 @@ class KeyProducer {
     const int64_t window = a_.params.pattern.window;
     int32_t key = key_, entry = -1;
     float score = score_;
-    if (flags_ & Traits::kWindow) {
+    uint32_t span = kEver;
+    if (flags_ & Traits::kPlaced) {
       key = entry = begin_ + thread_;
+      score = INFINITY;
+      span = static_cast<uint32_t>(window);
     } else if (last_key_ >= 0 && last_key_ + window > cursor_.blocks().first) {
-      flags_ |= Traits::kEntering;
+      flags_ |= Traits::kPlaced;
       if (begin_ + thread_ >= cursor_.blocks().run.entering)
         entry = static_cast<int32_t>(min(key + window, int64_t{kNever}));
     } else if (lowest_ > highest_ && lowest_ >= highest_ + 1.0f) {  // both may be -inf
@@ -149,7 +152,10 @@ class KeyProducer {
     typename Traits::Column& column = notes.column[thread_ / 2 % 4];
     column.entry[thread_ / 8 * 2 + thread_ % 2] = entry;
     column.score[thread_ / 8 * 2 + thread_ % 2] = score;
-    if (thread_ == 0) notes.flags = flags_ | (last ? Traits::kLast : 0) | (copied_ == nullptr ? Traits::kGathered : 0);
+    if (thread_ == 0) {
+      notes.flags = flags_ | (last ? Traits::kLast : 0) | (copied_ == nullptr ? Traits::kGathered : 0);
+      notes.span = span;
+    }
     __syncwarp();
     if (copied_ != nullptr) {
       if (thread_ == 0) bring_unit<Traits::kWidth>(copied_, s_.key[ring_.place], s_.key_full[ring_.place]);
@@ -164,6 +170,7 @@ class KeyProducer {
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
   static constexpr int kKeyRows = Traits::kSlots / 2;  // of a warp
+  static constexpr uint32_t kEver = 1u << 31;          // more positions than there are
   const RowCopier<typename Traits::Element, Traits::kWidth, Traits::kSlots, kKeyRows> copier_;
   const int thread_, lane_;
   UnitCursor cursor_;

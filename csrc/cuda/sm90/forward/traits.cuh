@@ -34,11 +34,10 @@ struct ForwardTraits {
 
   // What the consumers must know of a unit, and of the rows of a tile.
   enum Flags : uint32_t {
-    kLast = 1,       // of its tile
-    kSolid = 2,      // all gates are 1
-    kEntering = 4,   // a slot counts from the position `entry` on only
-    kWindow = 8,     // `entry` holds the keys themselves, and gates are 1 within the window
-    kGathered = 16,  // rows were not copied by the proxy that the tensor cores read through
+    kLast = 1,      // of its tile
+    kSolid = 2,     // all gates are 1
+    kPlaced = 4,    // a slot counts at `span` positions from `entry` on only
+    kGathered = 8,  // rows were not copied by the proxy that the tensor cores read through
   };
   enum Message : uint32_t { kKeys, kNoKeys, kDone };  // of a tile: units follow; none do; no further tile does
   // Of the slots that one thread of a row has, in order. Padded, so that the four threads of a row read from different
@@ -50,6 +49,7 @@ struct ForwardTraits {
   struct Notes {
     Column column[4];  // of the threads of a row
     uint32_t flags;
+    uint32_t span;
   };
   struct alignas(8) Row {
     const char* source;

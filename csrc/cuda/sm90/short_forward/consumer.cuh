@@ -13,6 +13,9 @@
 
 namespace sparsek::cuda::sm90 {
 
+// Softmax weights may exceed 1 by so many powers of 2, so that earlier sums are seldom scaled.
+constexpr float kLeeway = 8.0f;
+
 template <typename Traits>
 class ShortConsumer {
  public:
