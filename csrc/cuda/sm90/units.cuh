@@ -119,9 +119,7 @@ class RowCopier {
 
  private:
   __device__ const char* row_of(const char* from, int32_t key) const {
-    uint64_t row;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(row) : "r"(key), "r"(stride_), "l"(from));
-    return reinterpret_cast<const char*>(row);
+    return from + uint64_t{static_cast<uint32_t>(key)} * stride_;
   }
   // Bits 4 to 6 of a row's address are its chunk, which the swizzle turns; the rest is added.
   __device__ uint32_t place(uint32_t to, int i) const {
