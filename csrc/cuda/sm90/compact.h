@@ -26,7 +26,7 @@ struct Compact {
 struct CompactMemory {
   Compact compact;
   Tensor workspace;
-  int64_t parts;  // two: there may be room for half of the groups, and then for the others
+  int64_t parts;  // 2: there is room for a half of the groups, and then for the other; 0: nothing is copied
 };
 
 // Room for copies of 16-bit keys and values whose rows are aligned to 16 bytes, padded to `width` columns, 64 or 128.
