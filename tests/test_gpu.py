@@ -183,6 +183,23 @@ def test_a_million_tokens(width, device):
     assert out.isfinite().all() and lse.isfinite().all()
 
 
+@pytest.mark.parametrize(("groups", "ratio"), [(14, 1), (4, 4)])
+def test_many_groups_of_a_long_sequence(groups, ratio, device):
+    """So many that Hopper's forward attends for a half of them after the other: each has the bits that it has alone."""
+    n, width = 33000, 128
+    gen = torch.Generator(device).manual_seed(0)
+    query = torch.randn(1, n, groups * ratio, width, device=device, dtype=BF16, generator=gen)
+    key, value = (torch.randn(1, n, groups, width, device=device, dtype=BF16, generator=gen) for _ in range(2))
+    scores = torch.randn(1, n, groups, device=device, generator=gen) * 4
+    out, lse = sparsek_attention(query, key, value, scores, 1024, return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all()
+    for group in {0, groups // 2 - 1, groups // 2, groups - 1}:
+        mine, heads = slice(group, group + 1), slice(group * ratio, (group + 1) * ratio)
+        parts = (query[:, :, heads], key[:, :, mine], value[:, :, mine], scores[:, :, mine])
+        alone, its_lse = sparsek_attention(*parts, 1024, return_lse=True)
+        assert torch.equal(out[:, :, heads], alone) and torch.equal(lse[:, heads], its_lse)
+
+
 def test_more_heads_than_a_grid_dimension_holds(device):
     drawn = problem(lengths=((3, 5),), batch=70001, groups=1, ratio=1, width=8, value_width=8, num_keys=2, window=0)
     inputs = drawn.inputs(device)

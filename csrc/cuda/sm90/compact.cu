@@ -98,6 +98,7 @@ CompactMemory make_compact(const AttentionParams<float>& params, const Plan& pla
   if (readers < kFewReaders) return {};
   const int64_t lists = count_runs(params, plan) * params.groups;
   Compact compact{};
+  // What lists of 32768 keys with random scores name in all at k=1024.
   const int64_t rows = params.batch * params.keys * params.groups, usual = rows * 3 / 4;
   // Long sequences: with lists and the rest, at most half of what keys and values take.
   constexpr int64_t kLongSequence = 32768, kOtherBytes = 56;

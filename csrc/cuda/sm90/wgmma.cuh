@@ -22,7 +22,7 @@ __device__ inline void mma_pin(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The same for left factors in registers, which the products read until they are done.
+// The same for left factors in registers, which the products read until they are done: to be called after the wait.
 __device__ inline void mma_pin(uint32_t (&a)[4][4]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");

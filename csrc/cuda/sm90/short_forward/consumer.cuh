@@ -157,6 +157,7 @@ class ShortConsumer {
       const bool rescale = weigh(bias, logits, state, decay);
       mma_wait<0>();
       mma_pin(out);
+      mma_pin(weights);
       if (done_) barrier_arrive_as_warp(s_.empty[before], threadIdx.x % 32);
       if (rescale) {
 #pragma unroll
