@@ -9,6 +9,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kAllocators = 1024;
 
+// How many units of a list are to be copied: none where most keys enter within the run, for few tiles read each of
+// them.
+__device__ int64_t count_units(const RunHead& head) {
+  return head.count < 2 * head.entering ? (head.count + kUnit - 1) / kUnit : 0;
+}
+
 // Gives the lists of some groups their units, the last ones first: runs late in a sequence list the fewest rows for the
 // pairs they see. One CTA.
 __global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* head, int64_t runs, int64_t all_groups,
@@ -20,7 +26,7 @@ __global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* hea
   for (int64_t base = 0; base < lists; base += kAllocators) {
     const int64_t rank = lists - 1 - base - threadIdx.x, run = rank < 0 ? 0 : divide(rank, groups);
     const int64_t list = run * all_groups + first_group + rank - run * groups;
-    const int64_t units = rank < 0 ? 0 : max((head[list].count + kUnit - 1) / kUnit, 0);
+    const int64_t units = rank < 0 ? 0 : count_units(head[list]);
     int64_t through = units;  // of this list and those before it in the warp
     for (int offset = 1; offset < 32; offset *= 2) {
       const int64_t before = __shfl_up_sync(~0u, through, offset);

@@ -21,6 +21,7 @@ struct ForwardArguments {
   int64_t num_tiles;   // tile items
   int64_t first_pack;  // of `heads` query heads, of those that this launch attends for
   int64_t work;        // tile items times such packs
+  uint64_t* taken;     // [1]: how many tiles have been taken, in order of their numbers
   uint32_t* suspects;  // [work, consumers]: a byte for each warp, not 0 where an output is not finite
   int32_t heads;       // query heads that share a tile
   float sign;          // logits are sign * magnitude * (q . k), in base 2, with magnitude > 0

@@ -22,6 +22,7 @@ class Consumer {
       : a_(a), s_(shared), index_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) - 1) {}
 
   __device__ void run() {
+    if (index_ == Traits::kConsumers - 1) end_turn();  // the first one begins
     while (true) {
       barrier_wait(s_.query_full[query_.place], query_.phase);
       fence_async_proxy();
@@ -62,118 +63,138 @@ class Consumer {
     }
   }
 
-  // Unit by unit: while the weights of one are made, the tensor cores multiply the weights before with their values.
+  // Unit by unit: the tensor cores multiply the weights of one with their values, and make the logits of the next.
   __device__ void attend(RowState& state, Sums& out) {
     float logits[32];
-    uint32_t weights[4][4], flags = 0;
+    uint32_t weights[4][4];
     if (a_.sign != 1.0f) sign_queries();
-    bool has_keys = barrier_test(s_.key_full[key_.place], key_.phase);
-    for (bool first = true; !(flags & Traits::kLast); first = false) {
-      // What barriers say takes a while to come: they are asked early.
-      const bool has_values = first || barrier_test(s_.value_full[value_.place], value_.phase);
-      if (!has_keys) barrier_wait(s_.key_full[key_.place], key_.phase);
+    barrier_wait(s_.key_full[unit_.place], unit_.phase);
+    uint32_t flags = notes().flags;
+    if (flags & Traits::kGathered) fence_async_proxy();
+    mma_pin(logits);
+    mma_fence();
+    multiply_keys(logits);
+    mma_commit();
+    mma_wait<0>();
+    mma_pin(logits);
+    barrier_arrive_as_warp(s_.key_empty[unit_.place], threadIdx.x % 32);
+    begin_weights(logits, state, weights);
+    auto next = unit_;
+    next.advance();
+    // What barriers say takes a while to come: they are asked early.
+    bool ready = is_ready(next);
+    while (!(flags & Traits::kLast)) {
+      if (!ready) {
+        barrier_wait(s_.value_full[unit_.place], unit_.phase);
+        barrier_wait(s_.key_full[next.place], next.phase);
+      }
+      const int values = unit_.place;
+      unit_ = next;
       const uint32_t earlier_flags = flags;
       flags = notes().flags;
-      if (flags & Traits::kGathered) fence_async_proxy();
-      if (!has_values) barrier_wait(s_.value_full[value_.place], value_.phase);
-      if (Traits::kCareful || (earlier_flags & Traits::kGathered)) fence_async_proxy();
-      if (!first) find_poison(weights, state);
+      if (Traits::kCareful || ((earlier_flags | flags) & Traits::kGathered)) fence_async_proxy();
+      find_poison(weights, values, state);
+      begin_turn();
       // Accumulators are not to be touched between the fence and the wait: the compiler would wait for each product.
       mma_pin(logits);
       mma_pin(out);
       mma_fence();
+      multiply_values(weights, values, out);
       multiply_keys(logits);
       mma_commit();
-      if (!first) {
-        multiply_values(weights, out);
-        mma_commit();
-        mma_wait<1>();  // the logits
-      } else {
-        mma_wait<0>();
-      }
-      mma_pin(logits);
-      barrier_arrive_as_warp(s_.key_empty[key_.place], threadIdx.x % 32);
-      // Often keys not seen need not be looked for: gates of 0 take them out, unless that makes something not finite.
-      const typename Traits::Notes& notes = this->notes();
-      const bool by_gates = !first && !Traits::kCareful && !(flags & Traits::kPlaced);
-      float sums[2];
-      uint32_t next[4][4];
-      bool good = false;
-      if (by_gates) {
-        weigh_unit(flags & Traits::kSolid, logits, notes, state, sums, next);
-        good = __all_sync(~0u, sums[0] <= kMostWeight && sums[1] <= kMostWeight);
-      }
-      key_.advance();
-      has_keys = barrier_test(s_.key_full[key_.place], key_.phase);
+      end_turn();
       mma_wait<0>();
+      mma_pin(logits);
       mma_pin(out);
       mma_pin(weights);
-      if (!first) {
-        barrier_arrive_as_warp(s_.value_empty[value_.place], threadIdx.x % 32);
-        value_.advance();
+      barrier_arrive_as_warp(s_.value_empty[values], threadIdx.x % 32);
+      barrier_arrive_as_warp(s_.key_empty[unit_.place], threadIdx.x % 32);
+      next.advance();
+      // Often keys not seen need not be looked for: gates of 0 take them out, unless that makes something not finite.
+      bool good = false;
+      if (!Traits::kCareful && !(flags & Traits::kPlaced)) {
+        float sums[2];
+        if (flags & Traits::kSolid) {
+          weigh<Traits, false>(logits, column(), a_.magnitude, state, sums, weights);
+        } else {
+          weigh<Traits, true>(logits, column(), a_.magnitude, state, sums, weights);
+        }
+        good = __all_sync(~0u, sums[0] <= kMostWeight && sums[1] <= kMostWeight);
+        if (good) {
+          state.sum[0] += sums[0];
+          state.sum[1] += sums[1];
+        }
       }
-      if (!good) weigh_seen(first, flags, notes, logits, state, out, sums, next);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) state.sum[h] += sums[h];
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) weights[k][i] = next[k][i];
+      ready = is_ready(next);
+      if (!good) weigh_seen(logits, state, out, weights);
     }
-    barrier_wait(s_.value_full[value_.place], value_.phase);
+    barrier_wait(s_.value_full[unit_.place], unit_.phase);
     if (Traits::kCareful || (flags & Traits::kGathered)) fence_async_proxy();
-    find_poison(weights, state);
+    find_poison(weights, unit_.place, state);
     mma_pin(out);
     mma_fence();
-    multiply_values(weights, out);
+    multiply_values(weights, unit_.place, out);
     mma_commit();
     mma_wait<0>();
     mma_pin(out);
-    barrier_arrive_as_warp(s_.value_empty[value_.place], threadIdx.x % 32);
-    value_.advance();
+    mma_pin(weights);
+    barrier_arrive_as_warp(s_.value_empty[unit_.place], threadIdx.x % 32);
+    unit_ = next;
   }
 
-  __device__ void weigh_unit(bool solid, const float (&logits)[32], const typename Traits::Notes& notes,
-                             const RowState& state, float (&sums)[2], uint32_t (&weights)[4][4]) const {
-    const typename Traits::Column& column = notes.column[threadIdx.x % 4];
-    if (solid) {
-      weigh<Traits, false>(logits, column, a_.magnitude, state, sums, weights);
-    } else {
-      weigh<Traits, true>(logits, column, a_.magnitude, state, sums, weights);
-    }
+  // All consumers go through the same units.
+  __device__ void begin_turn() const {
+    if constexpr (Traits::kTurns) named_barrier_sync(kTurnBarrier + index_, 256);
+  }
+  __device__ void end_turn() const {
+    const int next = index_ + 1 < Traits::kConsumers ? index_ + 1 : 0;
+    if constexpr (Traits::kTurns) named_barrier_arrive(kTurnBarrier + next, 256);
   }
 
-  // The same where it matters which keys are seen. What a row's weights are relative to follows from what it sees
+  // Whether values of the unit and keys of the next one are there.
+  __device__ bool is_ready(const Ring<Traits::kStages>& next) const {
+    const bool values = barrier_test(s_.value_full[unit_.place], unit_.phase);
+    return barrier_test(s_.key_full[next.place], next.phase) && values;
+  }
+
+  // Takes keys that are not seen out of the logits.
+  __device__ void mask_unit(float (&logits)[32], const RowState& state) const {
+    int32_t position[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) position[h] = s_.rows[query_.place][first_row() + 8 * h].position;
+    mask<Traits>(logits, column(), notes().span, position, state);
+  }
+
+  // Makes the weights of a tile's first unit.
+  __device__ void begin_weights(float (&logits)[32], RowState& state, uint32_t (&weights)[4][4]) const {
+    const bool all[2] = {true, true};
+    float decay[2];
+    mask_unit(logits, state);
+    raise<Traits>(logits, all, a_.magnitude, state, decay);
+    weigh<Traits, true>(logits, column(), a_.magnitude, state, state.sum, weights);
+  }
+
+  // Makes weights where it matters which keys are seen. What a row's weights are relative to follows from what it sees
   // alone.
-  __device__ void weigh_seen(bool first, uint32_t flags, const typename Traits::Notes& notes, float (&logits)[32],
-                             RowState& state, Sums& out, float (&sums)[2], uint32_t (&weights)[4][4]) const {
-    const typename Traits::Column& column = notes.column[threadIdx.x % 4];
-    if (flags & Traits::kPlaced) {
-      int32_t position[2];
+  __device__ void weigh_seen(float (&logits)[32], RowState& state, Sums& out, uint32_t (&weights)[4][4]) const {
+    float sums[2];
+    bool fail[2];
+    mask_unit(logits, state);
+    weigh<Traits, true>(logits, column(), a_.magnitude, state, sums, weights);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) position[h] = s_.rows[query_.place][first_row() + 8 * h].position;
-      mask<Traits, true>(logits, column, notes.span, position, state);
-    } else {
-      mask<Traits, false>(logits, column, notes.span, {}, state);
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t failing = __ballot_sync(~0u, !(sums[h] <= kMostWeight));
+      fail[h] = failing >> (threadIdx.x % 32 & ~3) & 15;
     }
-    bool fail[2] = {true, true};
-#pragma unroll 1
-    for (bool again = first;; again = true) {
-      if (again) {
-        float decay[2];
-        raise<Traits>(logits, fail, a_.magnitude, state, decay);
+    if (__any_sync(~0u, fail[0] || fail[1])) {
+      float decay[2];
+      raise<Traits>(logits, fail, a_.magnitude, state, decay);
 #pragma unroll
-        for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
-      }
-      weigh<Traits, true>(logits, column, a_.magnitude, state, sums, weights);
-      if (again) return;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t failing = __ballot_sync(~0u, !(sums[h] <= kMostWeight));
-        fail[h] = failing >> (threadIdx.x % 32 & ~3) & 15;
-      }
-      if (!__any_sync(~0u, fail[0] || fail[1])) return;
+      for (int i = 0; i < Traits::kWidth / 2; ++i) out[i] *= decay[i / 2 % 2];
+      weigh<Traits, true>(logits, column(), a_.magnitude, state, sums, weights);
     }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) state.sum[h] += sums[h];
   }
 
   // Gives the queries the sign of the scale.
@@ -196,28 +217,28 @@ class Consumer {
   // logits = queries keys^T, asynchronously.
   __device__ void multiply_keys(float (&logits)[32]) const {
     const uint64_t query = matrix_descriptor(shared_address(s_.query[query_.place]) + index_ * 64 * 128, 16);
-    const uint64_t key = matrix_descriptor(shared_address(s_.key[key_.place]), 16);
+    const uint64_t key = matrix_descriptor(shared_address(s_.key[unit_.place]), 16);
 #pragma unroll
     for (int k = 0; k < Traits::kWidth / 16; ++k)
-      multiply_shared<Element>(logits, advance(query, k / 4 * Traits::kRows * 128 + k % 4 * 32),
-                               advance(key, k / 4 * Traits::kSlots * 128 + k % 4 * 32), k > 0);
+      multiply_shared<Element>(logits, advance_low(query, k / 4 * Traits::kRows * 128 + k % 4 * 32),
+                               advance_low(key, k / 4 * Traits::kSlots * 128 + k % 4 * 32), k > 0);
   }
 
   // out += weights values, asynchronously.
-  __device__ void multiply_values(const uint32_t (&weights)[4][4], Sums& out) const {
-    const uint64_t value = matrix_descriptor(shared_address(s_.value[value_.place]), Traits::kSlots * 128);
+  __device__ void multiply_values(const uint32_t (&weights)[4][4], int place, Sums& out) const {
+    const uint64_t value = matrix_descriptor(shared_address(s_.value[place]), Traits::kSlots * 128);
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply_registers<Element>(out, weights[k], advance(value, k * 16 * 128));
   }
 
   // Rows that give weight to a value that was not finite become NaN.
-  __device__ void find_poison(const uint32_t (&weights)[4][4], RowState& state) const {
+  __device__ void find_poison(const uint32_t (&weights)[4][4], int place, RowState& state) const {
     if constexpr (Traits::kCareful) {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint8_t* poisoned = &s_.poisoned[value_.place][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
+          const uint8_t* poisoned = &s_.poisoned[place][16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4)];
           const bool low = poisoned[0] && (weights[k][i] & 0x7fff) != 0;
           const bool high = poisoned[1] && (weights[k][i] >> 16 & 0x7fff) != 0;
           if (low || high) state.poisoned[i % 2] = true;
@@ -269,8 +290,9 @@ class Consumer {
       if (to[i] != nullptr && chunk < chunks) to[i][chunk] = x[i];
   }
 
-  // Of the unit whose keys are next.
-  __device__ const typename Traits::Notes& notes() const { return s_.notes[Traits::note_of(key_)]; }
+  // Of the unit whose weights are made.
+  __device__ const typename Traits::Notes& notes() const { return s_.notes[Traits::note_of(unit_)]; }
+  __device__ const typename Traits::Column& column() const { return notes().column[threadIdx.x % 4]; }
 
   __device__ int first_row() const { return index_ * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
@@ -278,7 +300,7 @@ class Consumer {
   Shared& s_;
   const int index_;
   Ring<Traits::kQueryStages> query_;
-  Ring<Traits::kStages> key_, value_;
+  Ring<Traits::kStages> unit_;
 };
 
 }  // namespace sparsek::cuda::sm90

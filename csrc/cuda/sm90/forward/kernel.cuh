@@ -28,8 +28,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward(const __grid_cons
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Traits::kConsumers;
     for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
+      barrier_init(shared.work_full[stage], 1);
       barrier_init(shared.query_full[stage], 32 + 1);
-      barrier_init(shared.query_empty[stage], kConsumerWarps);
+      barrier_init(shared.query_empty[stage], kConsumerWarps + 3);
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       barrier_init(shared.key_full[stage], 64 + 2);

@@ -29,9 +29,6 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
   const int64_t readers = (params.pattern.causal ? plan.runs.size : params.queries) / arguments.tiles.size;
   const sm90::CompactMemory copies = sm90::make_compact(params, plan, width, readers, reference);
   arguments.compact = copies.compact;
-  // Zeros, for tiles without queries are never written.
-  const Tensor suspects = make_zeros(reference, {all_work, sm90::kForwardConsumers}, ScalarType::Int);
-  arguments.suspects = static_cast<uint32_t*>(suspects.mutable_data_ptr());
   const auto launch = params.query.dtype == torch::headeronly::ScalarType::BFloat16
                           ? sm90::launch_forward_of<__nv_bfloat16>
                           : sm90::launch_forward_of<__half>;
@@ -39,12 +36,18 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
   constexpr int64_t kFewestTiles = 8;  // of a multiprocessor
   const int64_t parts = std::max<int64_t>(1, std::min(copies.parts, all_work / (kFewestTiles * multiprocessors)));
   const int64_t most = (params.groups + parts - 1) / parts;
+  // Zeros, for suspects of tiles without queries are never written. First one count of tiles, in 64 bits, for each
+  // part.
+  const Tensor zeros = make_zeros(reference, {2 * parts + all_work * sm90::kForwardConsumers}, ScalarType::Int);
+  arguments.taken = static_cast<uint64_t*>(zeros.mutable_data_ptr());
+  arguments.suspects = reinterpret_cast<uint32_t*>(arguments.taken + parts);
   for (int64_t first = 0; first < params.groups; first += most) {
     const int64_t groups = std::min(most, params.groups - first);
     sm90::copy_rows(params, plan, width, arguments.compact, first, groups, stream);
     arguments.first_pack = first * packs_per_group;
     arguments.work = arguments.num_tiles * groups * packs_per_group;
     launch(arguments, width, multiprocessors, stream);
+    ++arguments.taken;
     arguments.suspects += arguments.work * sm90::kForwardConsumers;
   }
 }

@@ -21,21 +21,28 @@ __device__ bool is_suspect(const ForwardArguments& a, int64_t index) {
   return found != 0;
 }
 
-// Calls visit(tile, its number) for each tile of this CTA that has queries. Tiles of a few heads are neighbours, so
-// that their keys stay in the L2 cache; of these long ones come first, and every other round runs backwards, so that
-// each CTA has its share of long and short ones.
-template <typename Traits, typename Visit>
-__device__ void for_each_tile(const ForwardArguments& a, const Visit& visit) {
+// The tile of this number. Tiles of a few heads are neighbours, so that their keys stay in the L2 cache; of these long
+// ones come first, so that CTAs end together.
+__device__ inline QueryTile find_tile(const ForwardArguments& a, int64_t number) {
   constexpr int64_t kPacks = 16;
-  const int64_t packs = divide(a.work, a.num_tiles), ctas = gridDim.x;
-  for (int64_t begin = 0, place = blockIdx.x; begin < a.work; begin += ctas, place = ctas - 1 - place) {
-    const int64_t index = begin + place;
-    if (index >= a.work || (Traits::kCareful && !is_suspect<Traits>(a, index))) continue;
-    const int64_t first = divide(index, kPacks * a.num_tiles) * kPacks, among = min(kPacks, packs - first);
-    const int64_t rank = index - first * a.num_tiles, row = divide(rank, among), pack = first + rank - row * among;
-    const int64_t head = (a.first_pack + pack) * a.heads;
-    const QueryTile tile = find_query_tile(a.params, a.tiles, a.num_tiles - 1 - row, head, a.heads);
-    if (tile.last >= tile.first) visit(tile, index);
+  const int64_t packs = divide(a.work, a.num_tiles);
+  const int64_t first = divide(number, kPacks * a.num_tiles) * kPacks, among = min(kPacks, packs - first);
+  const int64_t rank = number - first * a.num_tiles, row = divide(rank, among), pack = first + rank - row * among;
+  return find_query_tile(a.params, a.tiles, a.num_tiles - 1 - row, (a.first_pack + pack) * a.heads, a.heads);
+}
+
+// Calls visit(tile) for each tile with keys that the producer of queries has taken. For all lanes of a warp together.
+template <typename Traits, typename Visit>
+__device__ void for_each_tile(const ForwardArguments& a, typename Traits::Shared& s, const Visit& visit) {
+  Ring<Traits::kQueryStages> ring;
+  while (true) {
+    barrier_wait(s.work_full[ring.place], ring.phase);
+    const int64_t number = s.work[ring.place];
+    if (number < 0) return;
+    barrier_arrive_as_warp(s.query_empty[ring.place], threadIdx.x % 32);
+    const QueryTile tile = find_tile(a, number);
+    if (tile.has_keys()) visit(tile);
+    ring.advance();
   }
 }
 
@@ -69,9 +76,7 @@ class KeyProducer {
         cursor_(shared.blocks[threadIdx.x / 32]) {}
 
   __device__ void run() {
-    for_each_tile<Traits>(a_, [&](const QueryTile& tile, int64_t) {
-      if (tile.has_keys()) run_tile(tile);
-    });
+    for_each_tile<Traits>(a_, s_, [&](const QueryTile& tile) { run_tile(tile); });
   }
 
  private:
@@ -196,9 +201,7 @@ class ValueProducer {
       : a_(a), s_(shared), copier_(a.params.value), lane_(threadIdx.x % 32), cursor_(shared.blocks[2]) {}
 
   __device__ void run() {
-    for_each_tile<Traits>(a_, [&](const QueryTile& tile, int64_t) {
-      if (tile.has_keys()) run_tile(tile);
-    });
+    for_each_tile<Traits>(a_, s_, [&](const QueryTile& tile) { run_tile(tile); });
   }
 
  private:
@@ -271,34 +274,59 @@ class ValueProducer {
   Ring<Traits::kStages> ring_;
 };
 
-// Brings the queries of a tile, with what else the consumers must know of them.
+// Takes tiles, and brings their queries with what else the consumers must know of them.
 template <typename Traits>
 class QueryProducer {
  public:
   __device__ QueryProducer(const ForwardArguments& a, typename Traits::Shared& shared)
-      : a_(a), s_(shared), lane_(threadIdx.x % 32) {}
+      : a_(a), s_(shared), lane_(threadIdx.x % 32), next_(blockIdx.x) {}
 
   __device__ void run() {
-    for_each_tile<Traits>(a_, [&](const QueryTile& tile, int64_t work) {
-      bool has_keys = tile.has_keys();
-      if (has_keys) {
-        UnitCursor cursor(s_.blocks[3]);
-        cursor.start(find_blocks(a_.params, a_.plan, tile));
-        has_keys = cursor.next() >= 0;
-      }
-      load(tile, has_keys ? Traits::kKeys : Traits::kNoKeys, work);
-    });
-    barrier_wait(s_.query_empty[ring_.place], ring_.phase ^ 1);
+    while (true) {
+      // Only now: who is late must not have taken what others could do.
+      barrier_wait(s_.query_empty[ring_.place], ring_.phase ^ 1);
+      const int64_t number = take();
+      if (number >= a_.work) break;
+      const QueryTile tile = find_tile(a_, number);
+      if (tile.last < tile.first) continue;
+      announce(number);
+      load(tile, see_keys(tile) ? Traits::kKeys : Traits::kNoKeys);
+    }
+    announce(-1);
     if (lane_ == 0) s_.message[ring_.place] = Traits::kDone;
     tell();
   }
 
  private:
-  __device__ void load(const QueryTile& tile, typename Traits::Message message, int64_t work) {
+  // The next tile's number, or one past the last. In the careful pass, which has few tiles, each CTA has its own.
+  __device__ int64_t take() {
+    if constexpr (Traits::kCareful) {
+      while (next_ < a_.work && !is_suspect<Traits>(a_, next_)) next_ += gridDim.x;
+      const int64_t number = next_;
+      next_ += gridDim.x;
+      return number;
+    }
+    unsigned long long number = 0;
+    if (lane_ == 0) number = atomicAdd(reinterpret_cast<unsigned long long*>(a_.taken), 1ull);
+    return static_cast<int64_t>(__shfl_sync(~0u, number, 0));
+  }
+
+  __device__ void announce(int64_t number) const {
+    if (lane_ == 0) s_.work[ring_.place] = number;
+    barrier_arrive_as_warp(s_.work_full[ring_.place], lane_);
+  }
+
+  __device__ bool see_keys(const QueryTile& tile) const {
+    if (!tile.has_keys()) return false;
+    UnitCursor cursor(s_.blocks[3]);
+    cursor.start(find_blocks(a_.params, a_.plan, tile));
+    return cursor.next() >= 0;
+  }
+
+  __device__ void load(const QueryTile& tile, typename Traits::Message message) {
     typename Traits::Row* rows = s_.rows[ring_.place];
-    barrier_wait(s_.query_empty[ring_.place], ring_.phase ^ 1);
     for (int r = lane_; r < Traits::kRows; r += 32) rows[r] = describe(tile, r);
-    if (lane_ == 0) s_.work[ring_.place] = work, s_.message[ring_.place] = message;
+    if (lane_ == 0) s_.message[ring_.place] = message;
     __syncwarp();
     if (message == Traits::kKeys) copy(rows);
     tell();
@@ -347,6 +375,7 @@ class QueryProducer {
   const ForwardArguments& a_;
   typename Traits::Shared& s_;
   const int lane_;
+  int64_t next_;  // of the careful pass
   Ring<Traits::kQueryStages> ring_;
 };
 

@@ -24,8 +24,8 @@ constexpr float kMostWeight = 4096.0f;
 // A reference before there are logits, with which every weight is too high, but those of keys not seen.
 constexpr float kNoReference = -FLT_MAX;
 
-// Sets the logits of keys that a row does not see to -inf. kPlaced: keys count at some positions only.
-template <typename Traits, bool kPlaced>
+// Sets the logits of keys that a row does not see to -inf.
+template <typename Traits>
 __device__ void mask(float (&logits)[32], const typename Traits::Column& notes, uint32_t span,
                      const int32_t (&position)[2], const RowState& rows) {
 #pragma unroll
@@ -35,9 +35,8 @@ __device__ void mask(float (&logits)[32], const typename Traits::Column& notes, 
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int h = e / 2;
-      bool seen = (e % 2 ? score.y : score.x) > rows.threshold[h];
-      if constexpr (kPlaced) seen = seen && static_cast<uint32_t>(position[h] - (e % 2 ? entry.y : entry.x)) < span;
-      if (!seen) logits[4 * j + e] = -INFINITY;
+      const bool counts = static_cast<uint32_t>(position[h] - (e % 2 ? entry.y : entry.x)) < span;
+      if (!(counts && (e % 2 ? score.y : score.x) > rows.threshold[h])) logits[4 * j + e] = -INFINITY;
     }
   }
 }

@@ -25,6 +25,9 @@ struct ForwardTraits {
     return keys.place + static_cast<int>(keys.phase) * kStages;
   }
   static constexpr int kQueryStages = 2;  // tiles
+  // Whether consumers issue their products one after another: then one makes weights under those of the others. At 64
+  // columns it costs as much as it gives.
+  static constexpr bool kTurns = kWidth > 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 152;
@@ -69,8 +72,9 @@ struct ForwardTraits {
     alignas(16) int32_t key_rows[kSlots], value_rows[kSlots];  // scratch of the producer
     uint8_t poisoned[kStages][kSlots];                         // values that were not finite
     TileBlocks blocks[4];                                      // of its warps
-    int64_t work[kQueryStages];                                // of the tile
+    int64_t work[kQueryStages];                                // number of the tile; negative: there is none left
     Message message[kQueryStages];
+    uint64_t work_full[kQueryStages];  // the tile's number is there; it is read until `query_empty`
     uint64_t query_full[kQueryStages], query_empty[kQueryStages];
     uint64_t key_full[kStages], key_empty[kStages];
     uint64_t value_full[kStages], value_empty[kStages];
@@ -79,6 +83,7 @@ struct ForwardTraits {
 };
 
 // Named barriers: 0 is __syncthreads.
-constexpr int kSignBarrier = 1;  // + index of the consumer: its queries have their sign
+constexpr int kSignBarrier = 1;                                 // + index of the consumer: its queries have their sign
+constexpr int kTurnBarrier = kSignBarrier + kForwardConsumers;  // + index of the consumer: it is its turn
 
 }  // namespace sparsek::cuda::sm90
