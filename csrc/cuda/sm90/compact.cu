@@ -15,10 +15,12 @@ __device__ int64_t count_units(const RunHead& head) {
   return head.count < 2 * head.entering ? (head.count + kUnit - 1) / kUnit : 0;
 }
 
-// Gives the lists of some groups their units, the last ones first: runs late in a sequence list the fewest rows for the
-// pairs they see. One CTA.
-__global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* head, int64_t runs, int64_t all_groups,
-                                                              int64_t first_group, int64_t groups, Compact compact) {
+// Gives the lists of a CTA's part their units, the last ones first: runs late in a sequence list the fewest rows for
+// the pairs they see.
+__global__ void __launch_bounds__(kAllocators)
+    allocate_part(const RunHead* head, int64_t runs, int64_t all_groups, int64_t groups_of_part, Compact compact) {
+  const int64_t first_group = blockIdx.x * groups_of_part, groups = min(groups_of_part, all_groups - first_group);
+  int32_t* const owners = compact.owner + blockIdx.x * compact.units;
   __shared__ int64_t totals[kAllocators / 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t lists = runs * groups;
@@ -46,10 +48,10 @@ __global__ void __launch_bounds__(kAllocators) allocate_units(const RunHead* hea
       const int64_t begin = __shfl_sync(~0u, first, from);
       const int64_t end = min(begin + __shfl_sync(~0u, units, from), compact.units);
       const int32_t owner = __shfl_sync(~0u, fits ? static_cast<int32_t>(list) : -1, from);
-      for (int64_t unit = begin + lane; unit < end; unit += 32) compact.owner[unit] = owner;
+      for (int64_t unit = begin + lane; unit < end; unit += 32) owners[unit] = owner;
     }
   }
-  for (int64_t unit = used + threadIdx.x; unit < compact.units; unit += kAllocators) compact.owner[unit] = -1;
+  for (int64_t unit = used + threadIdx.x; unit < compact.units; unit += kAllocators) owners[unit] = -1;
 }
 
 template <int kWidth>
@@ -74,10 +76,10 @@ __device__ void copy_unit(const Rows& rows, const char* base, const int32_t* key
 
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    copy_units(const __grid_constant__ AttentionParams<float> p, const __grid_constant__ Plan plan,
-               const __grid_constant__ Compact compact) {
+    copy_part(const __grid_constant__ AttentionParams<float> p, const __grid_constant__ Plan plan,
+              const __grid_constant__ Compact compact, int64_t part) {
   const int64_t unit = blockIdx.x;
-  const int32_t list = compact.owner[unit];
+  const int32_t list = compact.owner[part * compact.units + unit];
   if (list < 0) return;
   const int64_t item = divide(list, p.groups), group = list - item * p.groups;
   const Sequences& sequences = p.sequences;
@@ -113,22 +115,27 @@ CompactMemory make_compact(const AttentionParams<float>& params, const Plan& pla
   compact.units = room / kUnit;
   if (compact.units == 0 || lists == 0) return {};
   const int64_t bytes = compact.units * kUnit * width * 2;
-  const Tensor workspace = make_empty(
-      reference, {2 * bytes + (compact.units + lists) * static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Byte);
+  const int64_t parts = room < usual && usual <= 2 * room ? 2 : 1, entries = lists + parts * compact.units;
+  const Tensor workspace =
+      make_empty(reference, {2 * bytes + entries * static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Byte);
   compact.key = static_cast<char*>(workspace.mutable_data_ptr());
   compact.value = compact.key + bytes;
   compact.first_unit = reinterpret_cast<int32_t*>(compact.value + bytes);
   compact.owner = compact.first_unit + lists;
-  return {compact, workspace, room < usual && usual <= 2 * room ? 2 : 1};
+  return {compact, workspace, parts};
 }
 
-void copy_rows(const AttentionParams<float>& params, const Plan& plan, int width, const Compact& compact,
-               int64_t first_group, int64_t groups, cudaStream_t stream) {
-  if (compact.units == 0) return;
-  launch("allocate_units", allocate_units, 1, kAllocators, 0, stream, plan.head, count_runs(params, plan),
-         params.groups, first_group, groups, compact);
-  launch("copy_units", width == 64 ? copy_units<64> : copy_units<128>, compact.units, kThreads, 0, stream, params, plan,
-         compact);
+void allocate_units(const AttentionParams<float>& params, const Plan& plan, const Compact& compact,
+                    int64_t groups_of_part, cudaStream_t stream) {
+  const int64_t parts = (params.groups + groups_of_part - 1) / groups_of_part;
+  launch("allocate_units", allocate_part, compact.units > 0 ? parts : 0, kAllocators, 0, stream, plan.head,
+         count_runs(params, plan), params.groups, groups_of_part, compact);
+}
+
+void copy_units(const AttentionParams<float>& params, const Plan& plan, int width, const Compact& compact, int64_t part,
+                cudaStream_t stream) {
+  launch("copy_units", width == 64 ? copy_part<64> : copy_part<128>, compact.units, kThreads, 0, stream, params, plan,
+         compact, part);
 }
 
 }  // namespace sparsek::cuda::sm90

@@ -17,7 +17,7 @@ constexpr int kUnit = kBlock;  // slots
 
 struct Compact {
   int32_t* first_unit;  // [runs, G]: of a list's copies, or -1 where there are none; null: no list has any
-  int32_t* owner;       // [units]: the list that a unit belongs to, or -1
+  int32_t* owner;       // [parts, units]: the list that a unit belongs to, or -1
   char* key;      // [units][width / 64][kUnit][64 elements], in the 128-byte swizzle, zeros where there is no slot
   char* value;    // the same of the values
   int64_t units;  // there is room for
@@ -34,8 +34,11 @@ struct CompactMemory {
 CompactMemory make_compact(const AttentionParams<float>& params, const Plan& plan, int width, int64_t readers,
                            const Tensor& reference);
 
-// Copies what the lists of some groups name, over copies for other groups.
-void copy_rows(const AttentionParams<float>& params, const Plan& plan, int width, const Compact& compact,
-               int64_t first_group, int64_t groups, cudaStream_t stream);
+// Gives the lists their units: those of each part, of so many groups, from the first unit on.
+void allocate_units(const AttentionParams<float>& params, const Plan& plan, const Compact& compact,
+                    int64_t groups_of_part, cudaStream_t stream);
+// Copies what the lists of a part name, over the copies of other parts.
+void copy_units(const AttentionParams<float>& params, const Plan& plan, int width, const Compact& compact, int64_t part,
+                cudaStream_t stream);
 
 }  // namespace sparsek::cuda::sm90

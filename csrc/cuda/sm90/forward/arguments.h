@@ -19,10 +19,11 @@ struct ForwardArguments {
   Compact compact;
   Items tiles;         // of the queries
   int64_t num_tiles;   // tile items
-  int64_t first_pack;  // of `heads` query heads, of those that this launch attends for
+  int64_t packs;       // of `heads` query heads, in all
+  int64_t first_pack;  // of those that this launch attends for
   int64_t work;        // tile items times such packs
   uint64_t* taken;     // [1]: how many tiles have been taken, in order of their numbers
-  uint32_t* suspects;  // [work, consumers]: a byte for each warp, not 0 where an output is not finite
+  uint32_t* suspects;  // [tile items, packs, consumers]: a byte for each warp, not 0 where an output is not finite
   int32_t heads;       // query heads that share a tile
   float sign;          // logits are sign * magnitude * (q . k), in base 2, with magnitude > 0
   float magnitude;

@@ -58,7 +58,7 @@ class Consumer {
     store(out);
     if constexpr (!Traits::kCareful) {
       const bool suspect = __any_sync(~0u, !finite);
-      uint8_t* suspects = reinterpret_cast<uint8_t*>(a_.suspects + s_.work[query_.place] * Traits::kConsumers);
+      uint8_t* suspects = reinterpret_cast<uint8_t*>(a_.suspects + s_.place[query_.place] * Traits::kConsumers);
       if (lane == 0) suspects[threadIdx.x / 32 - 4] = suspect;
     }
   }

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward(const __grid_cons
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Traits::kConsumers;
     for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
-      barrier_init(shared.work_full[stage], 1);
+      barrier_init(shared.number_full[stage], 1);
       barrier_init(shared.query_full[stage], 32 + 1);
       barrier_init(shared.query_empty[stage], kConsumerWarps + 3);
     }
@@ -61,10 +61,14 @@ void launch_pass(const ForwardArguments& arguments, int multiprocessors, cudaStr
          sizeof(typename Traits::Shared) + 1024, stream, arguments);
 }
 
-template <typename Element, int kWidth>
-void launch_forward(const ForwardArguments& arguments, int multiprocessors, cudaStream_t stream) {
-  launch_pass<ForwardTraits<Element, kWidth, false>>(arguments, multiprocessors, stream);
-  launch_pass<ForwardTraits<Element, kWidth, true>>(arguments, multiprocessors, stream);
+template <typename Element>
+void launch_pass_of(const ForwardArguments& arguments, int width, bool careful, int multiprocessors,
+                    cudaStream_t stream) {
+  const auto launch = width == 64 ? careful ? launch_pass<ForwardTraits<Element, 64, true>>
+                                            : launch_pass<ForwardTraits<Element, 64, false>>
+                      : careful   ? launch_pass<ForwardTraits<Element, 128, true>>
+                                  : launch_pass<ForwardTraits<Element, 128, false>>;
+  launch(arguments, multiprocessors, stream);
 }
 
 }  // namespace sparsek::cuda::sm90

@@ -22,7 +22,8 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
   arguments.sign = params.scale > 0 ? 1.0f : params.scale < 0 ? -1.0f : 0.0f;
   arguments.magnitude = params.scale == 0 ? 1.0f : static_cast<float>(std::abs(params.scale) * sm90::kLog2e);
   const int64_t packs_per_group = params.heads_per_group / arguments.heads;
-  const int64_t all_work = arguments.num_tiles * params.groups * packs_per_group;
+  arguments.packs = params.groups * packs_per_group;
+  const int64_t all_work = arguments.num_tiles * arguments.packs;
   if (all_work == 0) return;
   static_assert(kForwardRowsSm90 == 64 * sm90::kForwardConsumers);
   const int width = sm90::padded_width(params);
@@ -34,22 +35,24 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
                           : sm90::launch_forward_of<__half>;
   // Some groups after others, where there is no room for the rows of all: but not so few that multiprocessors idle.
   constexpr int64_t kFewestTiles = 8;  // of a multiprocessor
-  const int64_t parts = std::max<int64_t>(1, std::min(copies.parts, all_work / (kFewestTiles * multiprocessors)));
-  const int64_t most = (params.groups + parts - 1) / parts;
-  // Zeros, for suspects of tiles without queries are never written. First one count of tiles, in 64 bits, for each
-  // part.
+  const int64_t most_parts = std::max<int64_t>(1, std::min(copies.parts, all_work / (kFewestTiles * multiprocessors)));
+  const int64_t most = (params.groups + most_parts - 1) / most_parts, parts = (params.groups + most - 1) / most;
+  // Zeros: tiles without queries are never written. First one count of tiles, in 64 bits, for each part.
   const Tensor zeros = make_zeros(reference, {2 * parts + all_work * sm90::kForwardConsumers}, ScalarType::Int);
   arguments.taken = static_cast<uint64_t*>(zeros.mutable_data_ptr());
   arguments.suspects = reinterpret_cast<uint32_t*>(arguments.taken + parts);
-  for (int64_t first = 0; first < params.groups; first += most) {
-    const int64_t groups = std::min(most, params.groups - first);
-    sm90::copy_rows(params, plan, width, arguments.compact, first, groups, stream);
+  sm90::allocate_units(params, plan, arguments.compact, most, stream);
+  for (int64_t part = 0; part < parts; ++part, ++arguments.taken) {
+    const int64_t first = part * most, groups = std::min(most, params.groups - first);
+    sm90::copy_units(params, plan, width, arguments.compact, part, stream);
     arguments.first_pack = first * packs_per_group;
     arguments.work = arguments.num_tiles * groups * packs_per_group;
-    launch(arguments, width, multiprocessors, stream);
-    ++arguments.taken;
-    arguments.suspects += arguments.work * sm90::kForwardConsumers;
+    launch(arguments, width, false, multiprocessors, stream);
   }
+  arguments.compact = {};  // of the last part alone
+  arguments.first_pack = 0;
+  arguments.work = all_work;
+  launch(arguments, width, true, multiprocessors, stream);
 }
 
 }  // namespace sparsek::cuda

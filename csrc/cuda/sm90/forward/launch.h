@@ -18,9 +18,10 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
 namespace sm90 {
 
 struct ForwardArguments;
-// `width`: of the kernels, 64 or 128.
+// `width`: of the kernels, 64 or 128. `careful`: the second pass.
 template <typename Element>
-void launch_forward_of(const ForwardArguments& arguments, int width, int multiprocessors, cudaStream_t stream);
+void launch_forward_of(const ForwardArguments& arguments, int width, bool careful, int multiprocessors,
+                       cudaStream_t stream);
 
 }  // namespace sm90
 }  // namespace sparsek::cuda

@@ -3,10 +3,9 @@
 namespace sparsek::cuda::sm90 {
 
 template <>
-void launch_forward_of<__nv_bfloat16>(const ForwardArguments& arguments, int width, int multiprocessors,
+void launch_forward_of<__nv_bfloat16>(const ForwardArguments& arguments, int width, bool careful, int multiprocessors,
                                       cudaStream_t stream) {
-  if (width == 64) return launch_forward<__nv_bfloat16, 64>(arguments, multiprocessors, stream);
-  launch_forward<__nv_bfloat16, 128>(arguments, multiprocessors, stream);
+  launch_pass_of<__nv_bfloat16>(arguments, width, careful, multiprocessors, stream);
 }
 
 }  // namespace sparsek::cuda::sm90

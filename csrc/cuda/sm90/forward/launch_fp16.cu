@@ -3,9 +3,9 @@
 namespace sparsek::cuda::sm90 {
 
 template <>
-void launch_forward_of<__half>(const ForwardArguments& arguments, int width, int multiprocessors, cudaStream_t stream) {
-  if (width == 64) return launch_forward<__half, 64>(arguments, multiprocessors, stream);
-  launch_forward<__half, 128>(arguments, multiprocessors, stream);
+void launch_forward_of<__half>(const ForwardArguments& arguments, int width, bool careful, int multiprocessors,
+                               cudaStream_t stream) {
+  launch_pass_of<__half>(arguments, width, careful, multiprocessors, stream);
 }
 
 }  // namespace sparsek::cuda::sm90

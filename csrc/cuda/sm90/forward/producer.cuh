@@ -13,22 +13,28 @@ namespace sparsek::cuda::sm90 {
 
 // Whether the first pass met values that were not finite in a tile.
 template <typename Traits>
-__device__ bool is_suspect(const ForwardArguments& a, int64_t index) {
+__device__ bool is_suspect(const ForwardArguments& a, int64_t place) {
   uint32_t found = 0;
 #pragma unroll
   for (int consumer = 0; consumer < Traits::kConsumers; ++consumer)
-    found |= a.suspects[index * Traits::kConsumers + consumer];
+    found |= a.suspects[place * Traits::kConsumers + consumer];
   return found != 0;
 }
 
+struct NumberedTile {
+  QueryTile tile;
+  int64_t place;  // among `suspects`; in the careful pass the number itself
+};
+
 // The tile of this number. Tiles of a few heads are neighbours, so that their keys stay in the L2 cache; of these long
 // ones come first, so that CTAs end together.
-__device__ inline QueryTile find_tile(const ForwardArguments& a, int64_t number) {
-  constexpr int64_t kPacks = 16;
-  const int64_t packs = divide(a.work, a.num_tiles);
-  const int64_t first = divide(number, kPacks * a.num_tiles) * kPacks, among = min(kPacks, packs - first);
-  const int64_t rank = number - first * a.num_tiles, row = divide(rank, among), pack = first + rank - row * among;
-  return find_query_tile(a.params, a.tiles, a.num_tiles - 1 - row, (a.first_pack + pack) * a.heads, a.heads);
+template <typename Traits>
+__device__ NumberedTile find_tile(const ForwardArguments& a, int64_t number) {
+  const int64_t packs = divide(a.work, a.num_tiles), near = Traits::kCareful ? packs : 16;
+  const int64_t first = divide(number, near * a.num_tiles) * near, among = min(near, packs - first);
+  const int64_t rank = number - first * a.num_tiles, row = divide(rank, among);
+  const int64_t pack = a.first_pack + first + rank - row * among;
+  return {find_query_tile(a.params, a.tiles, a.num_tiles - 1 - row, pack * a.heads, a.heads), row * a.packs + pack};
 }
 
 // Calls visit(tile) for each tile with keys that the producer of queries has taken. For all lanes of a warp together.
@@ -36,11 +42,11 @@ template <typename Traits, typename Visit>
 __device__ void for_each_tile(const ForwardArguments& a, typename Traits::Shared& s, const Visit& visit) {
   Ring<Traits::kQueryStages> ring;
   while (true) {
-    barrier_wait(s.work_full[ring.place], ring.phase);
-    const int64_t number = s.work[ring.place];
+    barrier_wait(s.number_full[ring.place], ring.phase);
+    const int64_t number = s.number[ring.place];
     if (number < 0) return;
     barrier_arrive_as_warp(s.query_empty[ring.place], threadIdx.x % 32);
-    const QueryTile tile = find_tile(a, number);
+    const QueryTile tile = find_tile<Traits>(a, number).tile;
     if (tile.has_keys()) visit(tile);
     ring.advance();
   }
@@ -287,9 +293,11 @@ class QueryProducer {
       barrier_wait(s_.query_empty[ring_.place], ring_.phase ^ 1);
       const int64_t number = take();
       if (number >= a_.work) break;
-      const QueryTile tile = find_tile(a_, number);
+      const NumberedTile found = find_tile<Traits>(a_, number);
+      const QueryTile& tile = found.tile;
       if (tile.last < tile.first) continue;
       announce(number);
+      if (lane_ == 0) s_.place[ring_.place] = found.place;
       load(tile, see_keys(tile) ? Traits::kKeys : Traits::kNoKeys);
     }
     announce(-1);
@@ -312,8 +320,8 @@ class QueryProducer {
   }
 
   __device__ void announce(int64_t number) const {
-    if (lane_ == 0) s_.work[ring_.place] = number;
-    barrier_arrive_as_warp(s_.work_full[ring_.place], lane_);
+    if (lane_ == 0) s_.number[ring_.place] = number;
+    barrier_arrive_as_warp(s_.number_full[ring_.place], lane_);
   }
 
   __device__ bool see_keys(const QueryTile& tile) const {

@@ -72,9 +72,10 @@ struct ForwardTraits {
     alignas(16) int32_t key_rows[kSlots], value_rows[kSlots];  // scratch of the producer
     uint8_t poisoned[kStages][kSlots];                         // values that were not finite
     TileBlocks blocks[4];                                      // of its warps
-    int64_t work[kQueryStages];                                // number of the tile; negative: there is none left
+    int64_t number[kQueryStages];                              // of the tile; negative: there is none left
+    int64_t place[kQueryStages];                               // of the tile among `suspects`
     Message message[kQueryStages];
-    uint64_t work_full[kQueryStages];  // the tile's number is there; it is read until `query_empty`
+    uint64_t number_full[kQueryStages];  // numbers are there; they are read until `query_empty`
     uint64_t query_full[kQueryStages], query_empty[kQueryStages];
     uint64_t key_full[kStages], key_empty[kStages];
     uint64_t value_full[kStages], value_empty[kStages];
