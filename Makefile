@@ -43,9 +43,11 @@ cuda: $(VENV)/.built-cuda
 	$(PY) -m pytest -m cuda tests
 
 # Only this project's kernels are watched, but where what PyTorch's have written counts. PyTorch's cache would hide
-# accesses beyond a tensor.
+# accesses beyond a tensor. One waiver: racecheck takes what a warp has written, its lanes ordered by __syncwarp, and its
+# first lane then passes on through an mbarrier, for a race in Hopper's backward. Where all lanes arrive it sees none.
 sanitize: $(VENV)/.built-cuda
-	set -e; for tool in $(SANITIZER_TOOLS); do only="--kernel-regex kns=sparsek"; [ $$tool != initcheck ] || only=; \
+	set -e; for tool in $(SANITIZER_TOOLS); do only="--kernel-name kns=sparsek"; \
+		case $$tool in initcheck) only=;; racecheck) only="$$only --kernel-name-exclude kns=sm908backward";; esac; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool $$only --error-exitcode 1 \
 		$(PY) tests/sanitize.py; done
 

@@ -8,6 +8,7 @@ values that are not finite, which take the careful second passes.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 
 import torch
@@ -48,9 +49,14 @@ def run(kernel: str, width: int, pattern: tuple[int, int, bool, bool], *, packed
 
 def main() -> None:
     kernels = [k for k in WIDTHS if k != "sm90" or torch.cuda.get_device_capability() == (9, 0)]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", nargs="*", choices=kernels, default=kernels, help="which of them to run")
+    parser.add_argument("--widths", type=int, nargs="*", help="head dimensions, of those that there are")
+    args = parser.parse_args()
     torch.manual_seed(0)
-    for kernel in kernels:
-        for width, (name, pattern) in itertools.product(WIDTHS[kernel], PATTERNS.items()):
+    for kernel in args.kernels:
+        widths = [w for w in WIDTHS[kernel] if args.widths is None or w in args.widths]
+        for width, (name, pattern) in itertools.product(widths, PATTERNS.items()):
             for packed, poisoned in ((False, False), (True, False), (False, True)):
                 print(f"{kernel} {width} {name}{' packed' * packed}{' poisoned' * poisoned}", flush=True)
                 run(kernel, width, pattern, packed=packed, poisoned=poisoned)

@@ -230,7 +230,11 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads)
     for (int i = 0; i < kOfLane; ++i) {
       const int32_t slot = block * kBlock + i * 32 + threadIdx.x % 32;
       expires[i] = 0;
-      if (slot >= count) continue;
+      if (slot >= count) {  // kernels read whole blocks
+        key_out[slot] = -1;
+        score_out[slot] = -std::numeric_limits<float>::infinity();
+        continue;
+      }
       const int32_t key = key_out[slot];
       expires[i] = run.expiry[key];
       const float u = p.pattern.hard ? static_cast<float>(min(expires[i] - run.begin, kFarAhead)) : run.score[key];

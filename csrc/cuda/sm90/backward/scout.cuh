@@ -146,9 +146,9 @@ class Scout {
       return static_cast<int32_t>(min(key + p_.pattern.window, static_cast<int64_t>(kNever)));
     };
     unit.all_entered = from_position(last, view.key_of(last));
-    unit.open_score = -INFINITY;
-    if (!p_.pattern.hard && view.block_score != nullptr && first + kKeys <= view.count)
-      unit.open_score = fminf(view.block_score[2 * unit.number], view.block_score[2 * unit.number + 1]);
+    const bool may_open = !p_.pattern.hard && view.block_score != nullptr && first + kKeys <= view.count;
+    unit.open_score =
+        may_open ? fminf(view.block_score[2 * unit.number], view.block_score[2 * unit.number + 1]) : -INFINITY;
 #pragma unroll
     for (int n = 0; n < kSlotsOfLane; ++n) {
       const int i = lane_ + 32 * n;

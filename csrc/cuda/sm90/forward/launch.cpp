@@ -27,15 +27,18 @@ void run_forward_sm90(const ForwardParams<float>& params, const Plan& plan, cons
   if (all_work == 0) return;
   static_assert(kForwardRowsSm90 == 64 * sm90::kForwardConsumers);
   const int width = sm90::padded_width(params);
+  // Fewer tiles are done before the rows would be copied.
+  constexpr int64_t kFewestTiles = 8;  // of a multiprocessor
+  const int64_t rounds = all_work / multiprocessors;
   const int64_t readers = (params.pattern.causal ? plan.runs.size : params.queries) / arguments.tiles.size;
-  const sm90::CompactMemory copies = sm90::make_compact(params, plan, width, readers, reference);
+  const sm90::CompactMemory copies =
+      sm90::make_compact(params, plan, width, rounds < kFewestTiles ? 0 : readers, reference);
   arguments.compact = copies.compact;
   const auto launch = params.query.dtype == torch::headeronly::ScalarType::BFloat16
                           ? sm90::launch_forward_of<__nv_bfloat16>
                           : sm90::launch_forward_of<__half>;
   // Some groups after others, where there is no room for the rows of all: but not so few that multiprocessors idle.
-  constexpr int64_t kFewestTiles = 8;  // of a multiprocessor
-  const int64_t most_parts = std::max<int64_t>(1, std::min(copies.parts, all_work / (kFewestTiles * multiprocessors)));
+  const int64_t most_parts = std::max<int64_t>(1, std::min(copies.parts, rounds / kFewestTiles));
   const int64_t most = (params.groups + most_parts - 1) / most_parts, parts = (params.groups + most - 1) / most;
   // Zeros: tiles without queries are never written. First one count of tiles, in 64 bits, for each part.
   const Tensor zeros = make_zeros(reference, {2 * parts + all_work * sm90::kForwardConsumers}, ScalarType::Int);
