@@ -26,8 +26,16 @@ PATTERNS = {  # keys to keep, window, causal, hard
 }
 
 
-def run(kernel: str, width: int, pattern: tuple[int, int, bool, bool], *, packed: bool, poisoned: bool) -> None:
-    """One forward and one backward pass."""
+def run(
+    kernel: str,
+    width: int,
+    pattern: tuple[int, int, bool, bool],
+    *,
+    packed: bool,
+    poisoned: bool,
+    backward: bool = True,
+) -> None:
+    """One forward and, if wanted, one backward pass."""
     batch, length, groups, heads = (1, 700, 2, 4) if packed else (2, 350, 2, 4)
     num_keys, window, causal, hard = pattern
     dtype = torch.float32 if kernel == "simt" else torch.bfloat16
@@ -41,7 +49,7 @@ def run(kernel: str, width: int, pattern: tuple[int, int, bool, bool], *, packed
     inputs = (query, key, value, scores)
     rest = (threshold, expiry, cu, cu, window, causal, hard, width**-0.5)
     out, lse = OPS.forward(*inputs, *rest, None, kernel, None)
-    gradients = OPS.backward(grad, None, *inputs, out, lse, *rest, kernel)
+    gradients = OPS.backward(grad, None, *inputs, out, lse, *rest, kernel) if backward else ()
     torch.cuda.synchronize()
     if not poisoned:
         assert all(x.isfinite().all() for x in (out, *gradients)), (kernel, width, pattern)
@@ -52,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="*", choices=kernels, default=kernels, help="which of them to run")
     parser.add_argument("--widths", type=int, nargs="*", help="head dimensions, of those that there are")
+    parser.add_argument("--forward", action="store_true", help="no backward passes")
     args = parser.parse_args()
     torch.manual_seed(0)
     for kernel in args.kernels:
@@ -59,7 +68,7 @@ def main() -> None:
         for width, (name, pattern) in itertools.product(widths, PATTERNS.items()):
             for packed, poisoned in ((False, False), (True, False), (False, True)):
                 print(f"{kernel} {width} {name}{' packed' * packed}{' poisoned' * poisoned}", flush=True)
-                run(kernel, width, pattern, packed=packed, poisoned=poisoned)
+                run(kernel, width, pattern, packed=packed, poisoned=poisoned, backward=not args.forward)
 
 
 if __name__ == "__main__":

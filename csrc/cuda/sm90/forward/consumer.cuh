@@ -107,7 +107,7 @@ class Consumer {
       mma_pin(logits);
       mma_pin(out);
       mma_pin(weights);
-      barrier_arrive_as_warp(s_.value_empty[values], threadIdx.x % 32);
+      release_values(values);
       barrier_arrive_as_warp(s_.key_empty[unit_.place], threadIdx.x % 32);
       next.advance();
       // Often keys not seen need not be looked for: gates of 0 take them out, unless that makes something not finite.
@@ -138,7 +138,7 @@ class Consumer {
     mma_wait<0>();
     mma_pin(out);
     mma_pin(weights);
-    barrier_arrive_as_warp(s_.value_empty[unit_.place], threadIdx.x % 32);
+    release_values(unit_.place);
     unit_ = next;
   }
 
@@ -149,6 +149,14 @@ class Consumer {
   __device__ void end_turn() const {
     const int next = index_ + 1 < Traits::kConsumers ? index_ + 1 : 0;
     if constexpr (Traits::kTurns) named_barrier_arrive(kTurnBarrier + next, 256);
+  }
+
+  __device__ void release_values(int place) const {
+    if constexpr (Traits::kCareful) {  // each lane has read which are poisoned
+      barrier_arrive(s_.value_empty[place]);
+    } else {
+      barrier_arrive_as_warp(s_.value_empty[place], threadIdx.x % 32);
+    }
   }
 
   // Whether values of the unit and keys of the next one are there.

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward(const __grid_cons
       barrier_init(shared.key_full[stage], 64 + 2);
       barrier_init(shared.key_empty[stage], kConsumerWarps);
       barrier_init(shared.value_full[stage], 32);
-      barrier_init(shared.value_empty[stage], kConsumerWarps);
+      barrier_init(shared.value_empty[stage], (Traits::kCareful ? 32 : 1) * kConsumerWarps);
     }
   }
   __syncthreads();
