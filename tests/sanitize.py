@@ -60,15 +60,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="*", choices=kernels, default=kernels, help="which of them to run")
     parser.add_argument("--widths", type=int, nargs="*", help="head dimensions, of those that there are")
+    parser.add_argument("--patterns", nargs="*", choices=PATTERNS, default=list(PATTERNS), help="which of them to run")
     parser.add_argument("--forward", action="store_true", help="no backward passes")
     args = parser.parse_args()
     torch.manual_seed(0)
     for kernel in args.kernels:
         widths = [w for w in WIDTHS[kernel] if args.widths is None or w in args.widths]
-        for width, (name, pattern) in itertools.product(widths, PATTERNS.items()):
+        for width, name in itertools.product(widths, args.patterns):
             for packed, poisoned in ((False, False), (True, False), (False, True)):
                 print(f"{kernel} {width} {name}{' packed' * packed}{' poisoned' * poisoned}", flush=True)
-                run(kernel, width, pattern, packed=packed, poisoned=poisoned, backward=not args.forward)
+                run(kernel, width, PATTERNS[name], packed=packed, poisoned=poisoned, backward=not args.forward)
 
 
 if __name__ == "__main__":
