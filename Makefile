@@ -42,8 +42,9 @@ cuda: $(VENV)/.built-cuda
 
 # Only this project's kernels are watched, but where what PyTorch's have written counts. PyTorch's cache would hide
 # accesses beyond a tensor. Waivers, for Hopper: initcheck does not see what bulk copies write to global memory, the sums
-# of the backward and the output of the short forward; and, in the backward, racecheck takes what a warp has written, its lanes ordered by __syncwarp, and its first
-# lane then passes on through an mbarrier, for a race (where all lanes arrive it sees none).
+# of the backward and the output of the short forward; and, in the backward, racecheck takes what a warp has written, its
+# lanes ordered by __syncwarp, and its first lane then passes on through an mbarrier, for a race (where all lanes arrive
+# it sees none).
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 OURS := --kernel-name kns=sparsek
 sanitize: $(VENV)/.built-cuda
