@@ -13,7 +13,7 @@ import itertools
 
 import torch
 
-import xformers_sparsek  # noqa: F401  the operators
+import xformers_sparsek
 
 OPS = torch.ops.xformers_sparsek
 DEVICE = torch.device("cuda")
@@ -55,6 +55,16 @@ def run(
         assert all(x.isfinite().all() for x in (out, *gradients)), (kernel, width, pattern)
 
 
+def generate(dtype: torch.dtype, hard: bool, window: int) -> None:
+    """A prompt and a few tokens through a cache, with the kernel for few queries where it takes the dtype."""
+    cache = xformers_sparsek.SparseKCache(2, 2, 64, num_keys=40, window=window, hard=hard, dtype=dtype, device=DEVICE)
+    for tokens in (100, 1, 1, 1):
+        query = torch.randn(2, tokens, 6, 64, device=DEVICE, dtype=dtype)
+        key, value = (torch.randn(2, tokens, 2, 64, device=DEVICE, dtype=dtype) for _ in range(2))
+        out = cache.attend(query, key, value, 4 * torch.randn(2, tokens, 2, device=DEVICE))
+        assert out.isfinite().all(), (dtype, hard, window)
+
+
 def main() -> None:
     kernels = [k for k in WIDTHS if k != "sm90" or torch.cuda.get_device_capability() == (9, 0)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -64,6 +74,9 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true", help="no backward passes")
     args = parser.parse_args()
     torch.manual_seed(0)
+    for dtype, hard, window in itertools.product((torch.bfloat16, torch.float32), (False, True), (0, 9)):
+        print(f"generation {dtype} hard={hard} window={window}", flush=True)
+        generate(dtype, hard, window)
     for kernel in args.kernels:
         widths = [w for w in WIDTHS[kernel] if args.widths is None or w in args.widths]
         for width, name in itertools.product(widths, args.patterns):

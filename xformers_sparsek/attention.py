@@ -151,6 +151,10 @@ def _fake_forward(
     return out, query.new_empty(batch, heads, queries, dtype=_accumulator(query))
 
 
+def _fake_append(key, value, scores, key_cache, value_cache, score, *_):
+    return score.new_empty(*score.shape[:2], 1), score.new_empty(score.shape, dtype=torch.int32)
+
+
 def _fake_backward(grad_out, grad_lse, query, key, value, scores, *_):
     return tuple(x.new_empty(x.shape) for x in (query, key, value, scores))
 
@@ -188,6 +192,7 @@ def _register() -> None:
     torch.library.register_fake("xformers_sparsek::select", _fake_select)
     torch.library.register_fake("xformers_sparsek::forward", _fake_forward)
     torch.library.register_fake("xformers_sparsek::backward", _fake_backward)
+    torch.library.register_fake("xformers_sparsek::append", _fake_append)
     torch.library.register_autograd("xformers_sparsek::forward", _backward, setup_context=_save_for_backward)
     torch.library.register_autograd("xformers_sparsek::backward", _no_second_backward)
     operators.forward.has_python_registrations = True
