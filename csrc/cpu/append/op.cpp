@@ -71,8 +71,8 @@ class Appender {
     present_.clear();
     for (int64_t slot = 0; slot < slots; ++slot)
       if (score_[slot] > kNone) present_.push_back(static_cast<int32_t>(slot));
-    // In the order of the sequence: of equal scores hard selection keeps the earlier ones.
-    std::sort(present_.begin(), present_.end(), [&](int32_t a, int32_t b) { return position_[a] < position_[b]; });
+    if (p_.hard)  // of equal scores keeps the earlier ones, so they come in the order of the sequence
+      std::sort(present_.begin(), present_.end(), [&](int32_t a, int32_t b) { return position_[a] < position_[b]; });
     const int64_t count = static_cast<int64_t>(present_.size());
     column_.resize(count);
     seen_.resize(count);
