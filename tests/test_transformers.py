@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
+import re
 
 import pytest
 import torch
@@ -102,6 +104,18 @@ def test_outputs_at_padding_are_zero(family, monkeypatch):
         real = batch["attention_mask"].bool()
         assert (out[~real] == 0).all()
         assert (out[real] != 0).any(-1).all()
+
+
+def test_masks_take_no_quadratic_memory():
+    """Where all layers are sparse; dense ones need causality in theirs."""
+    real = batch_of("left")["attention_mask"].bool()
+    for layers, shape in ((None, (3, 1, 1, 24)), ([0], (3, 1, 24, 24))):
+        config = sparsify(build("llama"), num_keys=4, layers=layers).config
+        sizes = {"batch_size": 3, "q_length": 24, "kv_length": 24, "config": config}
+        make = transformers.AttentionMaskInterface()["sparsek"]
+        assert make(**sizes, attention_mask=real).shape == shape
+        assert make(**sizes, attention_mask=real | True) is None
+        assert make(**sizes) is None
 
 
 @EVERY_FAMILY
@@ -415,3 +429,11 @@ def test_scorers_are_those_of_the_package():
     model = sparsify(build("gpt2"), num_keys=4)
     assert [type(attention.sparsek_scorer) for attention in attentions(model)] == [SparseKScorer] * 3
     assert attentions(model)[0].sparsek_scorer.weight.shape == (4, 32)
+
+
+def test_example_in_the_readme(tmp_path, monkeypatch, capsys):
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?integrations.*?)```", readme.partition("## Hugging Face")[2], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out == "torch.Size([2, 320])\n"

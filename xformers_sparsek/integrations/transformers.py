@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -22,6 +21,9 @@ from .. import problem
 from ..attention import sparsek_attention
 from ..scorer import SparseKScorer
 from ..selection import count_reasons
+from .transformers_cache import SparseKDynamicLayer, autocast, layer_of
+
+__all__ = ["from_pretrained", "sparsify", "train_scorers_only"]
 
 NAME = "sparsek"
 # For each model type, where a causal language model has its layers, and a layer its attention.
@@ -143,9 +145,6 @@ def from_pretrained(name_or_path: str | os.PathLike, **options: object) -> PreTr
 def train_scorers_only(model: PreTrainedModel) -> PreTrainedModel:
     """Freezes everything but the scorers of a model that :func:`sparsify` was applied to, in place.
 
-    The outputs of the embedding are made to require gradients, without which reentrant gradient checkpointing would
-    find nothing to differentiate (``model.disable_input_require_grads()`` undoes it).
-
     Returns:
         ``model`` itself.
 
@@ -158,55 +157,7 @@ def train_scorers_only(model: PreTrainedModel) -> PreTrainedModel:
     model.requires_grad_(False)
     for scorer in scorers:
         scorer.requires_grad_(True)
-    model.enable_input_require_grads()
     return model
-
-
-class SparseKDynamicLayer(DynamicLayer):
-    """Layer of a ``DynamicCache`` that keeps the scores of its keys, too: ``scores [B, S, G]``.
-
-    It takes the place of the plain layer when a sparsified layer sees an empty cache.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores: Tensor | None = None
-        self._new_scores: Tensor | None = None
-
-    def hand_over(self, scores: Tensor) -> None:
-        """Takes the scores ``[B, T, G]`` of the tokens that the next ``update`` brings keys and values of."""
-        self._new_scores = scores
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        new, self._new_scores = _handed_over(self._new_scores), None
-        self.scores = new if self.scores is None else torch.cat([self.scores, new], 1)
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def crop(self, *args, **kwargs) -> None:
-        super().crop(*args, **kwargs)
-        if self.scores is not None:
-            self.scores = self.scores[:, : self.get_seq_length()]
-
-    def reset(self) -> None:
-        super().reset()
-        # Not every version of transformers forgets the keys here.
-        if not self.is_initialized:
-            self.scores = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.scores is not None:
-            self.scores = self.scores.index_select(0, beam_idx.to(self.scores.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if self.scores is not None:
-            self.scores = self.scores.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        if self.scores is not None:
-            self.scores = self.scores[indices]
 
 
 def sparsek_attention_forward(
@@ -234,7 +185,7 @@ def sparsek_attention_forward(
         dropout: of the attention weights; must be 0.
         scaling: factor of ``q k^T``.
         sparsek_scores: ``[B, T, G]``, from the forward pre-hook.
-        sparsek_layer: the cache layer that keeps the scores of all keys, if there is a cache.
+        sparsek_layer: the layer of the cache, if there is one, which has the scores of the keys before.
         kwargs: what else the model passes; what would change the attention is refused.
 
     Returns:
@@ -251,13 +202,13 @@ def sparsek_attention_forward(
     arguments = {"module": type(module).__name__, "query": query, "key": key, "value": value}
     problem.refuse(f'attn_implementation="{NAME}"', arguments | {"mask": attention_mask}, reasons)
 
-    options = {"window": settings["window"], "hard": settings["hard"], "scale": scaling}
-    query, key, value = (_autocast(x).transpose(1, 2) for x in (query, key, value))
-    scores = sparsek_scores if sparsek_layer is None else sparsek_layer.scores
-    if attention_mask is None:
-        return sparsek_attention(query, key, value, scores, settings["num_keys"], **options), None
+    query, key, value = (autocast(x).transpose(1, 2) for x in (query, key, value))
     # The last query sees all that its row has, so its mask tells the real tokens.
-    real = attention_mask[:, 0, -1].expand(len(query), -1)
+    real = None if attention_mask is None else attention_mask[:, 0, -1].expand(len(query), -1)
+    options = {"window": settings["window"], "hard": settings["hard"], "scale": scaling}
+    scores = sparsek_scores if sparsek_layer is None else sparsek_layer.scores
+    if real is None:
+        return sparsek_attention(query, key, value, scores, settings["num_keys"], **options), None
     asking = real[:, real.shape[1] - query.shape[1] :]
     # Packed, since a key in the window of a query is seen whatever its score: padding must not be there at all.
     packed = (query[asking], key[real], value[real], scores[real])
@@ -278,7 +229,7 @@ def sparsek_mask(
     mask_function: object = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    config: object = None,
+    config: PreTrainedConfig | None = None,
     **kwargs: object,
 ) -> Tensor | None:
     """The mask function of ``attn_implementation="sparsek"``; models call it once for all layers.
@@ -298,8 +249,11 @@ def sparsek_mask(
     """
     settings = getattr(config, "sparsek", None)
     if local_size is None and mask_function is not causal_mask_function:
-        reason = "the mask is not causal alone: packed sequences and masks of one's own are not supported"
-        problem.refuse(f'attn_implementation="{NAME}"', {"mask": mask_function}, [reason])
+        reason = (
+            "the mask is not causal alone: packed sequences and masks of one's own are not supported (under "
+            "torch.compile, transformers takes every batch without attention_mask and cache for packed)"
+        )
+        problem.refuse(f'attn_implementation="{NAME}"', {"queries": q_length, "keys": kv_length}, [reason])
     if settings is None or len(settings["layers"]) < config.num_hidden_layers:
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs
@@ -332,41 +286,10 @@ def _pass_scores(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     scores = attention.sparsek_scorer(hidden, kwargs["position_ids"])
     cache = kwargs.get("past_key_values")
-    layer = None if cache is None else _cache_layer(cache, attention.layer_idx)
+    layer = None if cache is None else layer_of(cache, attention.layer_idx)
     if layer is not None:
         layer.hand_over(scores)
     return args, kwargs | {"sparsek_scores": scores, "sparsek_layer": layer}
-
-
-def _cache_layer(cache: object, index: int) -> SparseKDynamicLayer:
-    """The layer of a cache that keeps the scores of layer ``index``; put there if the cache is new."""
-    layer = None
-    if isinstance(cache, Cache):
-        while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-        layer = cache.layers[index]
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            layer = cache.layers[index] = SparseKDynamicLayer()
-    if not isinstance(layer, SparseKDynamicLayer):
-        reason = "its keys have no scores: pass a new DynamicCache, or none"
-        arguments = {"cache": type(cache).__name__, "layer": f"{type(layer).__name__} at {index}"}
-        problem.refuse(f'attn_implementation="{NAME}"', arguments, [reason])
-    return layer
-
-
-def _handed_over(scores: Tensor | None) -> Tensor:
-    if scores is None:
-        raise RuntimeError(
-            f"a cache layer of SparseK attention got keys without scores: it belongs to a model that sparsify was "
-            f'applied to, under attn_implementation="{NAME}"'
-        )
-    return scores
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """What autocast would make of an argument of PyTorch's own attention."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _cumulative(real: Tensor) -> Tensor:
@@ -374,7 +297,7 @@ def _cumulative(real: Tensor) -> Tensor:
     return nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
 
 
-def _family_reasons(config: object) -> list[str]:
+def _family_reasons(config: PreTrainedConfig) -> list[str]:
     if getattr(config, "model_type", None) in FAMILIES:
         return []
     return [f"the model type {getattr(config, 'model_type', None)!r} is none of {', '.join(FAMILIES)}"]
@@ -397,7 +320,7 @@ def _model_reasons(model: object) -> list[str]:
     return reasons
 
 
-def _layer_reasons(config: object, layers: list) -> list[str]:
+def _layer_reasons(config: PreTrainedConfig, layers: list) -> list[str]:
     """Reasons against the chosen layers of a supported model."""
     count = config.num_hidden_layers
     if not layers or any(type(i) is not int or not 0 <= i < count for i in layers) or len(set(layers)) < len(layers):
@@ -446,9 +369,10 @@ def _mask_reasons(mask: Tensor | None, query: Tensor, key: Tensor) -> list[str]:
     shapes = [(rows, 1, height, keys) for rows in (1, batch) for height in (1, queries)]
     if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         return [f"the mask must be boolean of shape {(batch, 1, 1, keys)} or {(batch, 1, queries, keys)}"]
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
-    if mask.shape[2] > 1 and not torch.equal(mask, causal & mask[:, :, -1:]):
-        return ["the mask is not causality and padding alone"]
+    if mask.shape[2] > 1:
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+        if not torch.equal(mask, causal & mask[:, :, -1:]):
+            return ["the mask is not causality and padding alone"]
     return []
 
 
