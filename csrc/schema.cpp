@@ -20,4 +20,10 @@ STABLE_TORCH_LIBRARY(xformers_sparsek, m) {
       "Tensor lse, Tensor threshold, Tensor expiry, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int window, "
       "bool causal, bool hard, float scale, str? backward_kernel=None) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_scores)");
+  // Appends one token for each batch entry to a cache (common/cache.h), and finds what its query sees: threshold
+  // [B, G, 1] and expiry [B, G, slots + window] for `forward` over the cache, not causal.
+  m.def(
+      "append(Tensor key, Tensor value, Tensor scores, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) score, "
+      "Tensor(d!) waiting, Tensor(e!) position, Tensor(f!) next, Tensor(g!) length, Tensor(h!) overflow, int num_keys, "
+      "int window, bool hard) -> (Tensor threshold, Tensor expiry)");
 }

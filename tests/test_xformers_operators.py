@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xformers.ops import fmha
 
 from xformers_sparsek import SparseKBias, _library, sparsek_attention
-from xformers_sparsek.xformers_ops import CPU, OPERATORS, SIMT, SM80, SM90
+from xformers_sparsek.xformers_ops import CPU, DECODE, FORWARD_OPERATORS, SIMT, SM80, SM90
 
 dispatch = sys.modules[sys.modules[xops.memory_efficient_attention.__module__]._dispatch_fw.__module__]
 Inputs = sys.modules[xops.memory_efficient_attention.__module__].Inputs
@@ -47,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 @pytest.fixture
 def on_cpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets fake CPU tensors go to the kernels for CUDA: without a GPU autograd stops at fake CUDA tensors."""
-    for operators in (SM90, SM80, SIMT):
+    for operators in (DECODE, SM90, SM80, SIMT):
         for operator in operators:
             monkeypatch.setattr(operator, "SUPPORTED_DEVICES", {"cpu"})
 
@@ -97,6 +97,17 @@ def test_choice_by_gpu(capability: tuple[int, int], best: tuple, gpu: Gpu) -> No
         assert chosen(*tensors(dtype, width=256, value_width=8)) == SM80
     for dtype in (F32, torch.float64):
         assert chosen(*tensors(dtype)) == SIMT
+
+
+def test_choice_by_queries(on_cpu: None) -> None:
+    """Few queries go to the kernel that shares out their keys."""
+    query, key, value, scores = tensors(device="cpu")
+    backward = chosen(query, key, value, scores)[1]
+    for count, forward in ((1, DECODE), (8, DECODE), (9, SM90)):
+        assert chosen(query[:, :count], key, value, scores) == (forward[0], backward)
+    assert chosen(query[:, :1], key, value[..., :60], scores) == SIMT
+    wide = tensors(width=256, device="cpu")
+    assert chosen(wide[0][:, :1], *wide[1:]) == SM80
 
 
 def test_choice_by_library(gpu: Gpu) -> None:
@@ -175,8 +186,8 @@ def test_refusal_lists_what_there_is_for_the_device(gpu: Gpu) -> None:
     bad = SparseKBias(torch.empty(2, 50, 3, device="cuda"), 8)
     with pytest.raises(NotImplementedError, match="not a multiple of the 3 heads") as caught:
         xops.memory_efficient_attention(query, key, value, bad)
-    for operators in OPERATORS:
-        assert (f"`{operators[0].NAME}` is not supported" in str(caught.value)) == (operators is not CPU)
+    for operator in FORWARD_OPERATORS:
+        assert (f"`{operator.NAME}` is not supported" in str(caught.value)) == (operator is not CPU[0])
 
 
 def test_function_refuses_a_gpu_without_code(gpu: Gpu) -> None:

@@ -6,10 +6,11 @@ Importing this package registers its operators with xFormers, where that is inst
 from . import xformers_ops
 from .attention import sparsek_attention
 from .bias import SparseKBias
+from .cache import SparseKCache
 from .scorer import SparseKScorer
 from .selection import sparsek
 
 __version__ = "0.1.0"
-__all__ = ["SparseKBias", "SparseKScorer", "sparsek", "sparsek_attention"]
+__all__ = ["SparseKBias", "SparseKCache", "SparseKScorer", "sparsek", "sparsek_attention"]
 
 xformers_ops.register(SparseKBias)

@@ -44,8 +44,8 @@ def register(bias_type: type[SparseKBias]) -> None:
     """Adds the operators to xFormers and hooks its dispatcher; does nothing without xFormers, nor a second time."""
     if MISSING is not None:
         return
-    for operators in OPERATORS:
-        for operator, all_operators in zip(operators, (_core.ALL_FW_OPS, _core.ALL_BW_OPS)):
+    for operators, all_operators in ((FORWARD_OPERATORS, _core.ALL_FW_OPS), (BACKWARD_OPERATORS, _core.ALL_BW_OPS)):
+        for operator in operators:
             operator.SUPPORTED_ATTN_BIAS_TYPES = (bias_type,)
             _replace(all_operators, operator)
             _replace(xops.common.OPERATORS_REGISTRY, operator)
@@ -74,8 +74,8 @@ def _hooked_priority_list(inner, bias_type: type):
     @functools.wraps(inner)
     def run_priority_list(name, priority_list, inp, *args, **kwargs):
         if type(inp.attn_bias) is bias_type:
-            ours = list(dict.fromkeys(operators[int("backward" in name)] for operators in OPERATORS))
-            priority_list = [op for op in ours if inp.query.device.type in op.SUPPORTED_DEVICES] or ours
+            ours = BACKWARD_OPERATORS if "backward" in name else FORWARD_OPERATORS
+            priority_list = [op for op in ours if inp.query.device.type in op.SUPPORTED_DEVICES] or list(ours)
         return inner(name, priority_list, inp, *args, **kwargs)
 
     return run_priority_list
@@ -316,6 +316,22 @@ if MISSING is None:
         def is_available(cls) -> bool:
             return super().is_available() and any(x[1:] == (9, 0) for x in _library.ARCHITECTURES)
 
+    class Decode(Sm80):
+        """Tensor cores for few queries, as in generation, with the keys shared out among the multiprocessors."""
+
+        KERNEL = "decode"
+        SUPPORTED_MAX_K = 128
+        MAX_QUERIES = 8
+
+        @classmethod
+        def width_reasons(cls, folded: _Folded) -> list[str]:
+            reasons, queries = super().width_reasons(folded), folded.query.shape[1]
+            if folded.bias.cu_seqlens_q is not None:
+                reasons.append("packed sequences are for other kernels")
+            elif queries > cls.MAX_QUERIES:
+                reasons.append(f"query has {queries} queries, more than {cls.MAX_QUERIES}")
+            return reasons
+
     class _Forward(_common.AttentionFwOpBase):
         @classmethod
         def apply(cls, inp, needs_gradient: bool):
@@ -349,6 +365,9 @@ if MISSING is None:
         return forward, type(f"{kernel.__name__}BwOp", (kernel, _Backward), {"NAME": f"sparsekB-{name}"})
 
     SM90, SM80, SIMT, CPU = (_operators(kernel) for kernel in (Sm90, Sm80, Simt, Cpu))
+    #: Forward for few queries, with the portable gradients.
+    DECODE = (_operators(Decode)[0], SM80[1])
     # Best first: the first one that supports the inputs is taken. `choose_kernel` of csrc/cuda/common/kernels.cpp goes
     # by the same order and conditions, so that what xFormers reports is what runs.
-    OPERATORS = (SM90, SM80, SIMT, CPU)
+    FORWARD_OPERATORS = tuple(operators[0] for operators in (DECODE, SM90, SM80, SIMT, CPU))
+    BACKWARD_OPERATORS = tuple(operators[1] for operators in (SM90, SM80, SIMT, CPU))

@@ -21,9 +21,9 @@ namespace {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 #ifdef SPARSEK_SM90
-constexpr WidestHeads kWidest{kMaxBackwardWidthSm80, kMaxBackwardWidthSm90};
+constexpr WidestHeads kWidest{kMaxBackwardWidthSm80, kMaxBackwardWidthSm90, 0};
 #else
-constexpr WidestHeads kWidest{kMaxBackwardWidthSm80, 0};
+constexpr WidestHeads kWidest{kMaxBackwardWidthSm80, 0, 0};
 #endif
 
 template <typename T>

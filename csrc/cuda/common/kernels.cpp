@@ -35,19 +35,22 @@ Tensor with_aligned_rows(const Tensor& tensor) {
 
 Kernel choose_kernel(const std::optional<std::string>& name, const OnDeviceOf& device, WidestHeads widest,
                      const Tensor& query, const Tensor& value) {
-  STD_TORCH_CHECK(!name.has_value() || *name == "simt" || *name == "sm80" || *name == "sm90",
-                  "CUDA has kernels sm90, sm80 and simt, got ", *name);
+  STD_TORCH_CHECK(!name.has_value() || *name == "simt" || *name == "sm80" || *name == "sm90" || *name == "decode",
+                  "CUDA has kernels decode, sm90, sm80 and simt, got ", *name);
   const ScalarType dtype = query.scalar_type();
   const int64_t width = std::max(query.size(3), value.size(3));
   const bool fits =
       (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && query.size(3) % 8 == 0 && value.size(3) % 8 == 0;
   const bool sm80 = fits && width <= widest.sm80 && device.capability() >= 80;
   const bool sm90 = fits && width <= widest.sm90 && device.capability() == 90 && kHasSm90;
-  if (!name.has_value()) return sm90 ? Kernel::kSm90 : sm80 ? Kernel::kSm80 : Kernel::kSimt;
+  const bool decode = fits && width <= widest.decode && device.capability() >= 80;
+  if (!name.has_value()) return decode ? Kernel::kDecode : sm90 ? Kernel::kSm90 : sm80 ? Kernel::kSm80 : Kernel::kSimt;
   if (*name == "simt") return Kernel::kSimt;
-  STD_TORCH_CHECK(*name == "sm80" ? sm80 : sm90, "kernel ", *name,
-                  " cannot take these inputs: see choose_kernel in csrc/cuda/common/kernels.h");
-  return *name == "sm80" ? Kernel::kSm80 : Kernel::kSm90;
+  STD_TORCH_CHECK(*name == "sm80"   ? sm80
+                  : *name == "sm90" ? sm90
+                                    : decode,
+                  "kernel ", *name, " cannot take these inputs: see choose_kernel in csrc/cuda/common/kernels.h");
+  return *name == "sm80" ? Kernel::kSm80 : *name == "sm90" ? Kernel::kSm90 : Kernel::kDecode;
 }
 
 }  // namespace sparsek::cuda

@@ -13,6 +13,7 @@
 #include "cuda/common/tensor.h"
 #include "cuda/forward/params.h"
 #include "cuda/plan/plan.h"
+#include "cuda/sm80/decode/launch.h"
 #include "cuda/sm80/forward/launch.h"
 #include "cuda/sm90/forward/launch.h"
 #include "cuda/sm90/short_forward/launch.h"
@@ -21,9 +22,9 @@ namespace sparsek::cuda {
 namespace {
 
 #ifdef SPARSEK_SM90
-constexpr WidestHeads kWidest{kMaxForwardWidthSm80, kMaxForwardWidthSm90};
+constexpr WidestHeads kWidest{kMaxForwardWidthSm80, kMaxForwardWidthSm90, 0};
 #else
-constexpr WidestHeads kWidest{kMaxForwardWidthSm80, 0};
+constexpr WidestHeads kWidest{kMaxForwardWidthSm80, 0, 0};
 #endif
 
 // Whether all queries of a key/value head see the same few keys, for which Hopper has a kernel of its own.
@@ -31,7 +32,13 @@ bool is_short(Kernel kernel, const AttentionShape& shape, const Pattern& pattern
   return kernel == Kernel::kSm90 && !pattern.causal && !lengths.packed() && shape.keys <= kMaxShortKeysSm90;
 }
 
-// `short_call`: for the kernel that reads `scores` themselves, where params.scores is no table.
+WidestHeads widest_of(const AttentionShape& shape, const SequenceLengths& lengths) {
+  WidestHeads widest = kWidest;
+  if (shape.queries <= kMaxDecodeQueries && !lengths.packed()) widest.decode = kMaxDecodeWidth;
+  return widest;
+}
+
+// `short_call`, and the kernel for few queries: they read `scores` themselves, and params.scores is no table.
 template <typename T>
 void run(Kernel kernel, [[maybe_unused]] bool short_call, const ForwardParams<T>& params, const Tensor& scores,
          const OnDeviceOf& device) {
@@ -40,6 +47,10 @@ void run(Kernel kernel, [[maybe_unused]] bool short_call, const ForwardParams<T>
     if (short_call)
       return run_short_forward_sm90(params, score_columns(scores), device.multiprocessors(), device.stream());
 #endif
+    if (kernel == Kernel::kDecode) {
+      const Tensor columns = torch::stable::to(scores, ScalarType::Float);
+      return run_decode(params, score_columns(columns), scores, device.stream());
+    }
     if (kernel != Kernel::kSimt) {
       const int64_t rows = kernel == Kernel::kSm90 ? kForwardRowsSm90 : kForwardRowsSm80;
       const PlanMemory memory = make_plan(params, forward_run_size(params.sequences, rows), scores, device.stream());
@@ -60,11 +71,12 @@ std::tuple<Tensor, Tensor> launch_forward(const Tensor& query, const Tensor& key
                                           const SequenceLengths& lengths, ScalarType dtype,
                                           const std::optional<std::string>& name) {
   const OnDeviceOf device(query);
-  const Kernel kernel = choose_kernel(name, device, kWidest, query, value);
+  const Kernel kernel = choose_kernel(name, device, widest_of(shape, lengths), query, value);
   const bool short_call = is_short(kernel, shape, pattern, lengths);
-  const Tensor table = short_call ? scores : transpose_scores<T>(scores);
-  // The Hopper kernel writes its own dtype or float32.
-  const bool convert = kernel == Kernel::kSm90 && dtype != query.scalar_type() && dtype != ScalarType::Float;
+  const Tensor table = short_call || kernel == Kernel::kDecode ? scores : transpose_scores<T>(scores);
+  // These kernels write their own dtype or float32.
+  const bool convert = (kernel == Kernel::kSm90 || kernel == Kernel::kDecode) && dtype != query.scalar_type() &&
+                       dtype != ScalarType::Float;
   Tensor out =
       make_empty(query, {shape.batch, shape.queries, shape.heads, value.size(3)}, convert ? ScalarType::Float : dtype);
   Tensor lse = make_empty(query, {shape.batch, shape.heads, shape.queries}, scalar_type<T>());

@@ -3,7 +3,7 @@
 
 #include "cuda/common/elements.cuh"
 #include "cuda/common/launch.cuh"
-#include "cuda/selection/run.cuh"
+#include "cuda/selection/sequence.cuh"
 
 namespace sparsek::cuda {
 namespace {
@@ -14,32 +14,6 @@ constexpr int64_t kMaxBytes = 64 * 1024;  // of scores
 
 // Lanes with groups and keys next to each other write to different banks.
 __host__ __device__ constexpr int64_t row_size(int64_t keys) { return (keys + 31) / 32 * 32 + 32 / kGroups; }
-
-template <typename Gate>
-__device__ typename Gate::Level solve_sequence(const typename Gate::Score* scores, int32_t count, int64_t num_keys,
-                                               void* nearby) {
-  WarpGroup warp{static_cast<int>(threadIdx.x % kWarpSize)};
-  Tile<Gate> tile;
-  tile.keys = Keys<Gate>::of_scores(scores);
-  tile.lower = Gate::kLowest;
-  tile.num_keys = num_keys;
-  Survey<Gate> survey;
-#pragma unroll 2
-  for (int32_t i = warp.rank; i < count; i += kWarpSize) survey.visit(tile.keys[i], tile.lower);
-  survey.reduce(warp);
-  tile.low = Gate::below(survey.lowest);
-  tile.high = survey.highest;
-  tile.settled = Tile<Gate>::Settled::none(tile.low);
-  Run<Gate> run;
-  run.has_result = true;
-  run.share = 0;
-  run.first = count;
-  run.count = run.mine = 0;
-  run.candidates = run.candidates_before = survey.count;
-  run.pinned = run.pinned_before = survey.pinned;
-  run.nearby = static_cast<NearbyMemory<Gate>*>(nearby);
-  return solve_run(tile, run);
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) solve_sequences(SequenceParams<T> params) {

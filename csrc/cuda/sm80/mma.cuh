@@ -24,6 +24,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t share
                : "r"(shared));
 }
 
+// An 8 x 8 matrix of 16-bit elements, of which each lane has two of a row, transposed.
+__device__ inline uint32_t transpose_pairs(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // c [16 x 8] += a [16 x 16] b [16 x 8]
 template <typename T>
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
