@@ -1,4 +1,4 @@
-"""Generation by transformers models with SparseK attention."""
+"""Generation by transformers models with SparseK attention, with caches that keep everything and that do not."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.generation.utils import GenerateOutput
 from transformers_case import FAMILIES, batch_of, build, tokens
 
-from xformers_sparsek.integrations.transformers import sparsify
+from xformers_sparsek.integrations.transformers import SparseKGenerationCache, sparsify
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 PATTERNS = [{"window": 3}, {}, {"hard": True, "window": 1}, {"window": 2, "layers": [1]}, {"layers": [0, 2]}]
-CACHES = {"layers from the config": lambda config: DynamicCache(config=config), "empty": lambda config: DynamicCache()}
+CACHES = {
+    "DynamicCache": lambda config: DynamicCache(config=config),
+    # Room for every key, since all of them may have gates above 0.
+    "SparseKGenerationCache": lambda config: SparseKGenerationCache(config, capacity=64),
+}
 EVERY_CACHE = pytest.mark.parametrize("cache", CACHES)
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -25,12 +30,12 @@ def prompt(padding: str) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **options: object):
+def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **options: object) -> GenerateOutput:
     # No stop token: sequences have the same length then, whatever the weights.
     return model.generate(**inputs, **{**GREEDY, "eos_token_id": None, **options})
 
 
-def check_equal(actual, expected) -> None:
+def check_equal(actual: GenerateOutput, expected: GenerateOutput) -> None:
     assert torch.equal(actual.sequences, expected.sequences)
     logits, exact = torch.stack(actual.logits), torch.stack(expected.logits)
     # The gate of a key that is about to be dropped is a small difference of scores.
@@ -40,7 +45,7 @@ def check_equal(actual, expected) -> None:
 @EVERY_FAMILY
 @EVERY_CACHE
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("padding", ["none", "left", "both"])
 def test_a_cache_changes_nothing(family, cache, pattern, padding):
     """Greedy search gives the tokens and logits of full forward passes over everything so far."""
     model = sparsify(build(family), num_keys=4, **pattern)
@@ -85,20 +90,46 @@ def test_texts_that_stop_early(family, cache):
 @pytest.mark.parametrize("layers", [None, [0], [1, 2]], ids=str)
 @EVERY_CACHE
 def test_several_tokens_at_a_time(cache, layers):
-    """A prompt in parts, as in a conversation."""
+    """A prompt in parts, as in a conversation, and a cache that starts over."""
     model = sparsify(build("llama"), num_keys=4, window=3, layers=layers)
     inputs = tokens(2, 40)
     past = CACHES[cache](model.config)
     with torch.no_grad():
         expected = model(inputs, use_cache=False).logits
-        parts = [model(part, past_key_values=past).logits for part in inputs.split([17, 1, 9, 13], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    assert past.get_seq_length() == 40
+        for _ in range(2):
+            parts = [model(part, past_key_values=past).logits for part in inputs.split([17, 1, 9, 13], 1)]
+            torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+            assert past.get_seq_length() == 40
+            if cache == "DynamicCache":
+                break  # not every version of transformers empties it on reset
+            past.reset()
+            assert past.get_seq_length() == 0
 
 
-def test_cache_by_default():
+@pytest.mark.parametrize("past", [None, DynamicCache], ids=["no cache given", "layers made when needed"])
+def test_caches_by_default(past):
     model = sparsify(build("llama"), num_keys=4, window=3)
-    check_equal(generate(model, prompt("left")), generate(model, prompt("left"), use_cache=False))
+    expected = generate(model, prompt("left"), use_cache=False)
+    check_equal(generate(model, prompt("left"), past_key_values=past and past()), expected)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_memory_does_not_grow(hard):
+    """With hard selection the default capacity is exact; with soft selection and close scores, drops are counted."""
+    model = sparsify(build("llama"), num_keys=4, window=3, hard=hard, spread=0.25)
+    past = SparseKGenerationCache(model.config)
+    assert past.overflow == {}
+    sizes = []
+    for length in (10, 60):
+        found = generate(model, {"input_ids": tokens(2, length)}, past_key_values=past, max_new_tokens=30)
+        sizes.append([layer.cache.nbytes for layer in past.layers])
+        if hard:
+            expected = generate(model, {"input_ids": tokens(2, length)}, use_cache=False, max_new_tokens=30)
+            check_equal(found, expected)
+        assert [count.shape for count in past.overflow.values()] == [(2, 2)] * 3
+        assert (sum(count.sum() for count in past.overflow.values()) == 0) == hard
+        past.reset()
+    assert sizes[0] == sizes[1]
 
 
 def test_prompt_lookup_crops_the_cache():
@@ -115,6 +146,9 @@ def test_prompt_lookup_crops_the_cache():
     assert torch.equal(found, generate(model, inputs, use_cache=False).sequences)
     for layer in past.layers:
         assert layer.scores.shape == (1, layer.get_seq_length(), 2)
+    with pytest.raises(NotImplementedError, match="use DynamicCache for assisted generation"):
+        past = SparseKGenerationCache(model.config)
+        generate(model, inputs, past_key_values=past, prompt_lookup_num_tokens=3)
 
 
 def test_rows_of_a_cache():
@@ -134,10 +168,10 @@ def test_rows_of_a_cache():
 def test_autocast():
     model = sparsify(build("llama"), num_keys=4, window=3)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = generate(model, prompt("left"), max_new_tokens=1, use_cache=False)
-        actual = generate(model, prompt("left"), max_new_tokens=4)
-    scale = expected.logits[0].abs().max()
-    assert (actual.logits[0] - expected.logits[0]).abs().max() < 0.1 * scale
+        caches = [make(model.config) for make in CACHES.values()]
+        first, other = [generate(model, prompt("left"), past_key_values=past, max_new_tokens=4) for past in caches]
+    assert caches[1].layers[0].dtype == torch.bfloat16
+    assert (other.logits[0] - first.logits[0]).abs().max() < 0.1 * first.logits[0].abs().max()
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -164,3 +198,13 @@ def test_caches_of_another_implementation(cache):
         model.set_attn_implementation("sdpa")
         with pytest.raises(RuntimeError, match="got keys without scores"):
             model(tokens(), past_key_values=past)
+
+
+def test_generation_cache_refuses():
+    with pytest.raises(ValueError, match="call sparsify first"):
+        SparseKGenerationCache(build("llama").config)
+    model = sparsify(build("llama"), num_keys=4)
+    with pytest.raises(ValueError, match="SparseKGenerationCache has no gradients"):
+        model(tokens(), past_key_values=SparseKGenerationCache(model.config))
+    with pytest.raises(ValueError, match="capacity must be at least num_keys = 4, got 3"):
+        generate(model, prompt("left"), past_key_values=SparseKGenerationCache(model.config, capacity=3))

@@ -21,9 +21,9 @@ from .. import problem
 from ..attention import sparsek_attention
 from ..scorer import SparseKScorer
 from ..selection import count_reasons
-from .transformers_cache import SparseKDynamicLayer, autocast, layer_of
+from .transformers_cache import SparseKCacheLayer, SparseKDynamicLayer, SparseKGenerationCache, autocast, layer_of
 
-__all__ = ["from_pretrained", "sparsify", "train_scorers_only"]
+__all__ = ["SparseKGenerationCache", "from_pretrained", "sparsify", "train_scorers_only"]
 
 NAME = "sparsek"
 # For each model type, where a causal language model has its layers, and a layer its attention.
@@ -169,7 +169,7 @@ def sparsek_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     sparsek_scores: Tensor | None = None,
-    sparsek_layer: SparseKDynamicLayer | None = None,
+    sparsek_layer: SparseKDynamicLayer | SparseKCacheLayer | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function of ``attn_implementation="sparsek"``; models call it.
@@ -178,7 +178,8 @@ def sparsek_attention_forward(
         module: the attention module; ``module.config.sparsek`` says how it selects. Layers that it does not name are
             attended densely.
         query: ``[B, H, T, K]``.
-        key: ``[B, G, S, K]``, of the queries' own tokens at the end and of those in the cache before them.
+        key: ``[B, G, S, K]``, of the queries' own tokens at the end and of those in the cache before them; of the
+            queries' tokens alone with a :class:`SparseKGenerationCache`.
         value: ``[B, G, S, Kv]``.
         attention_mask: True for keys that may be seen: ``[B, 1, 1, S]``, or ``[B, 1, T, S]`` with causality in it; None
             without padding. Rows are attended as sequences of their real tokens alone.
@@ -197,14 +198,24 @@ def sparsek_attention_forward(
     settings = getattr(module.config, "sparsek", None)
     if settings is not None and module.layer_idx not in settings["layers"]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    forgetful = isinstance(sparsek_layer, SparseKCacheLayer)
+    if forgetful and attention_mask is not None:
+        # Made for dense layers, it may cover keys that came before these.
+        attention_mask = attention_mask[..., -key.shape[2] :]
     reasons = _call_reasons(module, settings, dropout, sparsek_scores, kwargs)
     reasons += _mask_reasons(attention_mask, query, key)
+    if forgetful and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, sparsek_scores)):
+        reasons.append("SparseKGenerationCache has no gradients: call the model under torch.no_grad()")
     arguments = {"module": type(module).__name__, "query": query, "key": key, "value": value}
     problem.refuse(f'attn_implementation="{NAME}"', arguments | {"mask": attention_mask}, reasons)
 
     query, key, value = (autocast(x).transpose(1, 2) for x in (query, key, value))
     # The last query sees all that its row has, so its mask tells the real tokens.
     real = None if attention_mask is None else attention_mask[:, 0, -1].expand(len(query), -1)
+    if forgetful:
+        # Without a mask a token takes the short way.
+        real = None if real is None or real.all() else real
+        return sparsek_layer.cache.attend(query, key, value, sparsek_scores, scale=scaling, mask=real), None
     options = {"window": settings["window"], "hard": settings["hard"], "scale": scaling}
     scores = sparsek_scores if sparsek_layer is None else sparsek_layer.scores
     if real is None:
