@@ -106,6 +106,17 @@ def test_several_tokens_at_a_time(cache, layers):
             assert past.get_seq_length() == 0
 
 
+@EVERY_CACHE
+@pytest.mark.parametrize("layers", [[0], [2], [0, 2]], ids=str)
+def test_beside_layers_with_a_sliding_window(cache, layers):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model = build("qwen3", use_sliding_window=True, sliding_window=4, layer_types=kinds)
+    sparsify(model, num_keys=4, window=3, layers=layers)
+    for padding in ("none", "left"):
+        expected = generate(model, prompt(padding), use_cache=False)
+        check_equal(generate(model, prompt(padding), past_key_values=CACHES[cache](model.config)), expected)
+
+
 @pytest.mark.parametrize("past", [None, DynamicCache], ids=["no cache given", "layers made when needed"])
 def test_caches_by_default(past):
     model = sparsify(build("llama"), num_keys=4, window=3)
