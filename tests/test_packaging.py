@@ -93,7 +93,7 @@ def test_wheel_serves_every_python_3(wheel: pathlib.Path) -> None:
         info = f"xformers_sparsek-{xformers_sparsek.__version__}.dist-info"
         tags = archive.read(f"{info}/WHEEL").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
-    modules = {f"xformers_sparsek/{path.name}" for path in (ROOT / "xformers_sparsek").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "xformers_sparsek").rglob("*.py")}
     assert files_of(wheel) == modules | {f"xformers_sparsek/{library}" for library in LIBRARIES}
     assert "Root-Is-Purelib: false" in tags
     assert re.search(r"^Tag: py3-none-\w+$", tags, re.MULTILINE)

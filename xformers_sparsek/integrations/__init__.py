@@ -1,0 +1,1 @@
+"""SparseK attention inside other libraries; each module needs the library it is named after."""
