@@ -78,6 +78,7 @@ class TrainingSettings:
     window_share: float
     convert_share: float
     convert_lr: float
+    convert_scorer_lr: float
     text: str
     validation: int
 
@@ -176,7 +177,9 @@ class Trainer:
                 block.compile()
         return model
 
-    def train(self, model: LanguageModel, steps: int, lr: float, data_seed: int, progress: str) -> dict:
+    def train(
+        self, model: LanguageModel, steps: int, lr: float, scorer_lr: float, data_seed: int, progress: str
+    ) -> dict:
         """Trains for some steps and returns the figures of the run.
 
         The clock stands still while the model is judged, and starts after the first step, which may compile.
@@ -187,7 +190,7 @@ class Trainer:
             [
                 {"params": groups["matrices"], "weight_decay": 0.1, "base": lr},
                 # Decay would flatten the scores, and flat scores select nothing.
-                {"params": groups["scorers"], "weight_decay": 0.0, "base": lr * s.scorer_lr},
+                {"params": groups["scorers"], "weight_decay": 0.0, "base": scorer_lr},
                 {"params": groups["rest"], "weight_decay": 0.0, "base": lr},
             ],
             betas=(0.9, 0.95),
@@ -299,10 +302,11 @@ def run(work: Work, trainer: Trainer, runs: list[dict], checkpoints: Path) -> di
         model = trainer.make(pattern, work.seed, state)
         steps = max(1, int(s.steps * s.convert_share))
         # Other batches than those that the dense model has learnt from.
-        figures = trainer.train(model, steps, s.lr * s.convert_lr, work.seed + 1_000_000, work.name())
+        rates = s.lr * s.convert_lr, s.lr * s.convert_scorer_lr
+        figures = trainer.train(model, steps, *rates, work.seed + 1_000_000, work.name())
     else:
         model = trainer.make(pattern, work.seed)
-        figures = trainer.train(model, s.steps, s.lr, work.seed, work.name())
+        figures = trainer.train(model, s.steps, s.lr, s.lr * s.scorer_lr, work.seed, work.name())
     figures |= trainer.keys_seen(model)
     if work.variant == "dense":
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -380,13 +384,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=positive, help="of training from scratch")
     add("--batch", type=positive, help="texts per step")
     add("--lr", type=float, help="peak learning rate")
-    add("--scorer-lr", type=float, help="learning rate of the scorers, in units of --lr")
+    add("--scorer-lr", type=float, help="learning rate of the scorers in units of --lr")
     add("--spread", type=float, help="standard deviation of the scores at the start")
     add("--slope", type=float, help="rise of the scores over the context at the start")
-    add("--scorer-input", choices=("normalised", "residual"), help="the hidden state after or before the norm")
+    add("--scorer-input", choices=("mixed", "residual"), help="what attention reads, or the stream before its norm")
     add("--window-share", type=float, help="part of the budget that is a window")
     add("--convert-share", type=float, help="steps after conversion, as a part of --steps")
     add("--convert-lr", type=float, help="peak learning rate after conversion, in units of --lr")
+    add("--convert-scorer-lr", type=float, help="that of the scorers, the only part that is new then")
     add("--text", choices=("stdlib", "site"), help="the standard library, or installed packages too")
     add("--validation", type=positive, help="held-out texts")
     add("--evaluations", type=positive, help="how often a run is judged")
@@ -411,10 +416,11 @@ def parse_arguments() -> argparse.Namespace:
         scorer_lr=1.0,
         spread=4.0,
         slope=1.0,
-        scorer_input="normalised",
+        scorer_input="mixed",
         window_share=0.5,
         convert_share=0.05,
-        convert_lr=0.3,
+        convert_lr=0.1,
+        convert_scorer_lr=5.0,
         text="stdlib",
         validation=64,
         evaluations=5,
@@ -450,8 +456,6 @@ def main() -> None:
     began = time.monotonic()
     args = parse_arguments()
     device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     model_settings, settings = (
         kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
         for kind in (ModelSettings, TrainingSettings)

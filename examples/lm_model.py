@@ -1,14 +1,13 @@
 """A small decoder-only language model over bytes whose attention follows one of several patterns.
 
 Only the pattern differs between the models that ``compare_lm.py`` compares: which earlier keys a query sees, and with
-which gates. Everything else is common practice: rotary positions, grouped heads, normalised queries and keys, RMSNorm
-before each part, a gated MLP, and one matrix for embedding and logits.
+which gates. Everything else is common practice: rotary positions, grouped heads, RMSNorm before each part, a short
+convolution before attention, a gated MLP, and one matrix for embedding and logits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 
 import torch
@@ -60,8 +59,9 @@ class Attention(nn.Module):
         self.pattern, self.spread = pattern, s.spread
         self.heads, self.groups, self.width = s.heads, s.groups, s.dim // s.heads
         self.query_key_value = nn.Linear(s.dim, (s.heads + 2 * s.groups) * self.width, bias=False)
-        self.norm_query, self.norm_key = nn.RMSNorm(self.width), nn.RMSNorm(self.width)
         self.out = nn.Linear(s.heads * self.width, s.dim, bias=False)
+        angles = torch.arange(s.context)[:, None] * 10_000.0 ** -(torch.arange(0, self.width, 2) / self.width)
+        self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]).unsqueeze(2), persistent=False)
 
     def add_scorer(self, s: ModelSettings) -> None:
         """What the pattern needs for its scores; drawn after all else, which is so the same for all patterns."""
@@ -75,7 +75,10 @@ class Attention(nn.Module):
         """The scores ``[B, M, G]`` of all keys."""
         batch, length, _ = hidden.shape
         kind, shape = self.pattern.kind, (batch, length, self.groups)
-        if kind in SCORED:
+        if kind == "frozen":
+            # Else the layers below would learn what the scorer does not: hidden states that it scores well.
+            return self.scorer(hidden.detach())
+        if kind in LEARNED:
             return self.scorer(hidden)
         if kind == "random":
             return self.drawn[:length].expand(shape)
@@ -85,12 +88,17 @@ class Attention(nn.Module):
         # Nothing is a candidate, which leaves the window alone.
         return torch.full(shape, -torch.inf, device=hidden.device)
 
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotary position embedding of ``x [B, M, heads, width]``."""
+        cos, sin = self.rotation[:, : x.shape[1]]
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Attention over ``x [B, M, dim]``, with scores of ``hidden``."""
         projected = self.query_key_value(x).unflatten(-1, (-1, self.width))
         query, key, value = projected.split([self.heads, self.groups, self.groups], dim=2)
-        query = rotate(self.norm_query(query)).to(value.dtype)
-        key = rotate(self.norm_key(key)).to(value.dtype)
+        query, key = self.rotate(query), self.rotate(key)
         if self.pattern.kind == "dense":
             heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
             out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -107,19 +115,17 @@ class Attention(nn.Module):
         return self.out(out.flatten(2))
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of ``x [B, M, H, K]``."""
-    cos, sin = rotation(x.shape[1], x.shape[3] // 2, x.device)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+class ShortConvolution(nn.Module):
+    """Weighs each channel of the latest few positions: a byte alone says too little for a query, a key or a score."""
 
+    def __init__(self, dim: int, reach: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(reach, dim) * reach**-0.5)
 
-@functools.lru_cache(maxsize=4)
-def rotation(length: int, planes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[length, 1, planes]`` of each position's angle in each plane."""
-    frequency = 10_000.0 ** -(torch.arange(planes, device=device) / planes)
-    angle = torch.arange(length, device=device).unsqueeze(-1) * frequency
-    return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+    def forward(self, x: Tensor) -> Tensor:
+        reach, length = len(self.weight), x.shape[1]
+        padded = F.pad(x, (0, 0, reach - 1, 0))
+        return sum(padded[:, i : i + length] * self.weight[i] for i in range(reach))
 
 
 class Block(nn.Module):
@@ -127,19 +133,21 @@ class Block(nn.Module):
 
     def __init__(self, s: ModelSettings, pattern: Pattern) -> None:
         super().__init__()
-        self.scores_normalised = s.scorer_input == "normalised"
+        self.scores_mixed = s.scorer_input == "mixed"
         self.norm1, self.norm2 = nn.RMSNorm(s.dim), nn.RMSNorm(s.dim)
+        self.mix = ShortConvolution(s.dim)
         self.attention = Attention(s, pattern)
         width = 8 * s.dim // 3 // 8 * 8  # tensor cores want rows of whole 16 bytes
         self.gate_up = nn.Linear(s.dim, 2 * width, bias=False)
         self.down = nn.Linear(width, s.dim, bias=False)
 
-    def scored(self, x: Tensor) -> Tensor:
-        """What the scorer reads."""
-        return self.norm1(x) if self.scores_normalised else x
+    def attention_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads, and what its scorer reads."""
+        mixed = self.mix(self.norm1(x))
+        return mixed, mixed if self.scores_mixed else x
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x), self.scored(x))
+        x = x + self.attention(*self.attention_inputs(x))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
@@ -191,7 +199,7 @@ class LanguageModel(nn.Module):
         changes = torch.zeros(length + 1, dtype=torch.float64)
         x, lists = self.embedding(tokens), 0
         for block in self.blocks:
-            scores = block.attention.scores(block.scored(x))
+            scores = block.attention.scores(block.attention_inputs(x)[1])
             p = self.pattern
             _, expiry = torch.ops.xformers_sparsek.select(
                 scores, None, None, length, p.k, p.window, True, p.kind == "hard"
