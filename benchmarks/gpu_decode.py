@@ -5,7 +5,7 @@
 tokens, at batch sizes 1, 8 and 64. Sparse is all of ``SparseKCache.attend``: the token is appended, thresholds are
 found, keys evicted, and the query attends. Dense is the faster of cuDNN and FlashAttention-2 (both by PyTorch's SDPA)
 over all keys, without the time that appending to them takes. Calls are captured in CUDA graphs and replayed, so that
-nobody waits for launches.
+nobody waits for launches; the same 32 tokens are appended again and again.
 
 Writes everything measured as JSON.
 """

@@ -26,10 +26,11 @@ class _Sequence(NamedTuple):
 class SparseKCache:
     """Keys and values of one layer, for generation with SparseK attention in memory that does not grow.
 
-    Along a causal sequence thresholds never fall, so a key whose gate is 0 is never seen again (Lou et al.,
-    arXiv:2406.16747, section 3.4). What is kept is the keys with a gate above 0 and, whatever their scores, the latest
-    ``window`` tokens. Attending through the cache gives what :func:`xformers_sparsek.sparsek_attention` gives on the
-    whole sequence, for any division of it into calls, as long as the capacity suffices.
+    Along a causal sequence thresholds never fall, so a key whose gate is 0 is never seen again: that is how SparseK
+    (Lou et al., arXiv:2406.16747) generates in constant memory. What is kept is the keys with a gate above 0 and,
+    whatever their scores, the latest ``window`` tokens. Attending through the cache gives what
+    :func:`xformers_sparsek.sparsek_attention` gives on the whole sequence, for any division of it into calls, as long
+    as the capacity suffices.
 
     Soft selection can need more keys than ``num_keys``: about a third more where scores have a standard deviation of 4,
     2.4 times as many at 1. Where more than ``capacity`` have a gate above 0, those with the smallest gates are dropped
@@ -107,7 +108,8 @@ class SparseKCache:
     @property
     def overflow(self) -> Tensor:
         """Keys ``[B, G]``, int64, dropped with a gate above 0 for want of capacity."""
-        return self._overflow
+        # What found no room lies where the next key goes, for the latest query to see.
+        return self._overflow + (self._score.gather(-1, self._next[..., None].long())[..., 0] > -torch.inf)
 
     @property
     def nbytes(self) -> int:
@@ -193,6 +195,8 @@ class SparseKCache:
         self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float, mask: Tensor | None
     ) -> Tensor:
         """Attends over what is kept and the new tokens, as packed sequences, and then keeps what can still be seen."""
+        self._overflow.copy_(self.overflow)
+        self._score.scatter_(-1, self._next[..., None].long(), -torch.inf)
         batch, tokens = key.shape[:2]
         real = [slice(tokens)] * batch if mask is None else [row.nonzero()[:, 0] for row in mask]
         queries = [query[b, real[b]] for b in range(batch)]

@@ -11,7 +11,7 @@ T* contiguous_data(const char* name, const Tensor& tensor, ScalarType dtype, std
   check_sizes(name, tensor, sizes);
   check_device(name, tensor, reference);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous(), name,
-                  " must be contiguous, in its dtype of the cache");
+                  " must be contiguous, in the dtype that the cache has for it");
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 

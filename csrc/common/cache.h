@@ -22,9 +22,9 @@ struct Cache {
   T* score;           // [B, G, slots + window]: of the key in a slot; +inf in the ring; -inf: none is there
   T* waiting;         // [B, G, window]: the scores of the ring's tokens
   int32_t* position;  // [B, G, slots]: of the key in a slot
-  int32_t* next;      // [B, G]: the slot that the next key takes: an empty one, or that of the lowest score
+  int32_t* next;      // [B, G]: the slot that is free from the next token on: an empty one, or that of the lowest score
   int64_t* length;    // [B, G]: tokens so far
-  int64_t* overflow;  // [B, G]: keys that lost their slots although they had gates above 0
+  int64_t* overflow;  // [B, G]: keys that have lost their slots although they had gates above 0
   int64_t slots, window;
   int64_t key_bytes, value_bytes;  // of a row
 };

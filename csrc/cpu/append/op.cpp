@@ -21,7 +21,7 @@ namespace {
 template <typename T>
 class Appender {
  public:
-  explicit Appender(const AppendParams<T>& params) : p_(params), columns_(params.columns) { columns_.width = 1; }
+  explicit Appender(const AppendParams<T>& params) : p_(params) {}
 
   void operator()(int64_t head) {
     const Cache<T>& c = p_.cache;
@@ -31,17 +31,20 @@ class Appender {
     score_ = c.score + head * places;
     position_ = c.position + head * c.slots;
     next_ = c.next + head;
+    if (score_[*next_] > kNone) {  // what found no room goes, now that its query has seen it
+      ++c.overflow[head];
+      score_[*next_] = kNone;
+    }
     T fresh;
-    load_row(columns_, columns_.row(batch, 0, group), T(1), &fresh);
+    load_row(p_.columns, p_.columns.row(batch, 0, group), T(1), &fresh);
     const int64_t length = c.length[head]++;
     const char *key = p_.key.row(batch, 0, group), *value = p_.value.row(batch, 0, group);
     if (c.window == 0) {
-      enter(head, fresh, length, key, value);
+      enter(fresh, length, key, value);
     } else {
       const int64_t place = length % c.window, row = c.slots + place;
       T& waiting = c.waiting[head * c.window + place];
-      if (length >= c.window)
-        enter(head, waiting, length - c.window, key_ + row * c.key_bytes, value_ + row * c.value_bytes);
+      if (length >= c.window) enter(waiting, length - c.window, key_ + row * c.key_bytes, value_ + row * c.value_bytes);
       waiting = fresh;
       write(row, key, value, std::numeric_limits<T>::infinity());
     }
@@ -58,9 +61,8 @@ class Appender {
   }
 
   // A key becomes a candidate.
-  void enter(int64_t head, T score, int64_t position, const char* key, const char* value) {
+  void enter(T score, int64_t position, const char* key, const char* value) {
     if (score == kNone) return;
-    if (score_[*next_] > kNone) ++p_.cache.overflow[head];
     write(*next_, key, value, score);
     position_[*next_] = static_cast<int32_t>(position);
   }
@@ -93,7 +95,6 @@ class Appender {
   }
 
   const AppendParams<T>& p_;
-  Rows columns_;
   char *key_, *value_;
   T* score_;
   int32_t *position_, *next_;
@@ -110,7 +111,6 @@ std::tuple<Tensor, Tensor> run_append(const Tensor& key, const Tensor& value, co
   Tensor expiry = make_empty(key, {params.batch, params.groups, params.cache.slots + window}, ScalarType::Int);
   params.threshold = static_cast<T*>(threshold.mutable_data_ptr());
   params.expiry = static_cast<int32_t*>(expiry.mutable_data_ptr());
-  params.columns.width = 1;
   for (int64_t head = 0; head < heads; ++head) {
     T score;
     load_row(params.columns, params.columns.row(head / params.groups, 0, head % params.groups), T(1), &score);

@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(kThreads) append_token(const __grid_constant__
   const bool from_ring = c.window > 0;
   const T score = from_ring ? (length >= c.window ? waiting : kNone) : fresh;
   const bool enters = score != kNone;
-  const bool replaces = enters && scores[next] > kNone;
+  const bool overflows = scores[next] > kNone;  // what found no room goes, now that its query has seen it
   if (enters) {
     copy_row(keys + next * c.key_bytes, from_ring ? keys + row * c.key_bytes : key, c.key_bytes);
     copy_row(values + next * c.value_bytes, from_ring ? values + row * c.value_bytes : value, c.value_bytes);
   }
   bool has_nan = false;
   for (int32_t slot = threadIdx.x; slot < slots; slot += kThreads) {
-    const T mine = enters && slot == next ? score : scores[slot];
+    const T mine = slot == next ? score : scores[slot];
     candidates[slot] = mine;
     has_nan |= mine != mine;
   }
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) append_token(const __grid_constant__
       scores[row] = kPinned;
     }
     if (enters) positions[next] = static_cast<int32_t>(length - c.window);
-    if (replaces) ++c.overflow[head];
+    if (overflows) ++c.overflow[head];
     c.length[head] = length + 1;
   }
 
