@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Compares SparseK attention with dense attention and with other sparse patterns in one small language model.
 
-The text is Python sources found on this machine, byte by byte; some files are held out. Every variant starts from the
-same weights, reads the same batches in the same order and may keep the same number of keys for each query, its budget:
+The text is Python sources found on this machine, in bytes or in pieces of several bytes; some files are held out.
+Every variant starts from the same weights, reads the same batches in the same order and may keep the same number of
+keys for each query, its budget:
 
     dense         all earlier keys
     window        the latest keys alone, as many as the budget
@@ -16,7 +17,8 @@ same weights, reads the same batches in the same order and may keep the same num
     convert-*     the dense model, trained on for a little in another pattern: dense, window, sparsek or hard
 
 Every finished run is added to the ``--json`` file, and runs that it holds are skipped, so that several calls can share
-the work (``--variants``, ``--budgets``, ``--seeds``, ``--minutes``). Tables and plot show all runs of the file.
+the work, one after another or side by side (``--variants``, ``--budgets``, ``--seeds``, ``--minutes``). Tables and plot
+show all runs of the file; ``lm_report.py FILE`` makes them again.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
-import sysconfig
 import time
-import zlib
 from pathlib import Path
 
 import lm_report
 import torch
 from lm_model import LanguageModel, ModelSettings, Pattern, scorer_statistics
-from torch import Tensor, nn
+from lm_text import BYTES, excerpts, read_text
+from torch import nn
 
 import xformers_sparsek
 
@@ -49,11 +51,17 @@ UNLIMITED = ("dense", "convert-dense")  # these have no budget
 PRESETS = {
     "cpu": {},
     "gpu": {
+        "vocabulary": 8192,
         "context": 4096,
         "dim": 512,
         "layers": 8,
         "heads": 8,
-        "groups": 4,
+        "groups": 8,
+        "spread": 1.0,
+        "window_share": 0.75,
+        "convert_window_share": 0.25,
+        "convert_scorer_lr": 10.0,
+        "compile": True,
         "batch": 8,
         "steps": 1000,
         "lr": 1e-3,
@@ -76,6 +84,7 @@ class TrainingSettings:
     lr: float
     scorer_lr: float
     window_share: float
+    convert_window_share: float
     convert_share: float
     convert_lr: float
     convert_scorer_lr: float
@@ -95,47 +104,11 @@ class Work:
         return f"{self.variant}, {'' if self.budget is None else f'budget {self.budget}, '}seed {self.seed}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def read_text(kind: str) -> tuple[Tensor, Tensor]:
-    """Python sources as bytes: files to train on, and held-out files, each whole and put end to end in the order of
-    their folders, so that what a file defines or imports recurs later in the same context."""
-    roots = [Path(sysconfig.get_path("stdlib"))]
-    # Installed packages are not the standard library; tests and tables would outweigh everything else.
-    skipped = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "__pycache__"}
-    if kind == "site":
-        roots += sorted({Path(sysconfig.get_path("purelib")), Path(torch.__file__).parent.parent})
-    training, held_out, known = bytearray(), bytearray(), set()
-    for root in roots:
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = sorted(set(subfolders) - skipped)
-            for name in sorted(names):
-                path = Path(folder, name)
-                if path.suffix != ".py" or not path.is_file():
-                    continue
-                content = path.read_bytes()
-                checksum = zlib.crc32(content)
-                # Copies of one file, such as vendored packages, must not be on both sides.
-                if checksum not in known:
-                    known.add(checksum)
-                    part = held_out if zlib.crc32(path.relative_to(root).as_posix().encode()) % 10 == 0 else training
-                    part += content
-    if min(len(training), len(held_out)) < 100_000:
-        raise SystemExit(f"{roots} hold too few Python sources: {len(training)} + {len(held_out)} bytes")
-    return torch.frombuffer(training, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8)
-
-
-def excerpts(text: Tensor, starts: Tensor, length: int) -> Tensor:
-    """``[len(starts), length]`` bytes of the text as indices."""
-    return text[starts.to(text.device).unsqueeze(-1) + torch.arange(length, device=text.device)].long()
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
 class Trainer:
-    """Trains and judges models on one text and one device."""
+    """Trains and judges models on one text, whose tokens are kept in a folder, and one device."""
 
     def __init__(
         self,
@@ -143,17 +116,13 @@ class Trainer:
         settings: TrainingSettings,
         device: torch.device,
         *,
+        kept: Path,
         evaluations: int,
         compiled: bool,
     ) -> None:
         self.model_settings, self.settings, self.device = model_settings, settings, device
         self.evaluations, self.compiled = evaluations, compiled
-        training, held_out = read_text(settings.text)
-        self.text_facts = {
-            "training_bytes": training.numel(),
-            "held_out_bytes": held_out.numel(),
-            "checksum": zlib.crc32(held_out.numpy(), zlib.crc32(training.numpy())),
-        }
+        training, held_out, self.text_facts = read_text(settings.text, model_settings.vocabulary, kept)
         self.text = training.to(device)
         starts = torch.linspace(0, held_out.numel() - model_settings.context - 1, settings.validation).long()
         self.held_out = excerpts(held_out, starts, model_settings.context + 1).to(device)
@@ -173,6 +142,7 @@ class Trainer:
                 raise SystemExit(f"the checkpoint is of another model: {missing=}, {unexpected=}")
         model.to(self.device)
         if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # each pattern makes its own version
             for block in model.blocks:  # all blocks share what is compiled for one
                 block.compile()
         return model
@@ -241,7 +211,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, model: LanguageModel) -> dict:
-        """Mean held-out loss in nats per byte: of all positions, and of each quarter of the context."""
+        """Mean held-out loss in nats per token: of all positions, and of each quarter of the context."""
         with self.autocast():
             # --validation is a multiple of --batch, so that all parts weigh the same.
             losses = torch.stack([model.losses(part).mean(0) for part in self.held_out.split(self.settings.batch)])
@@ -259,7 +229,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
 
-def pattern_of(work: Work, window_share: float, runs: list[dict]) -> Pattern | None:
+def pattern_of(work: Work, s: TrainingSettings, runs: list[dict]) -> Pattern | None:
     """The pattern of a run; None where it depends on another run that is not there yet."""
     kind = work.variant.removeprefix("convert-")
     if kind == "dense":
@@ -269,7 +239,8 @@ def pattern_of(work: Work, window_share: float, runs: list[dict]) -> Pattern | N
     if kind == "wider-window":
         soft = lm_report.find(runs, "sparsek", work.budget, work.seed)
         return soft and Pattern("window", window=math.ceil(soft["keys_seen_late"]))
-    window = min(round(work.budget * window_share), work.budget - 1)
+    share = s.convert_window_share if work.variant in CONVERTED else s.window_share
+    window = min(round(work.budget * share), work.budget - 1)
     return Pattern(kind, k=work.budget - window, window=window)
 
 
@@ -290,7 +261,7 @@ def grid(variants: list[str], budgets: list[int], seeds: list[int]) -> list[Work
 def run(work: Work, trainer: Trainer, runs: list[dict], checkpoints: Path) -> dict | str:
     """The figures of a run, or why it cannot be done now."""
     s = trainer.settings
-    pattern = pattern_of(work, s.window_share, runs)
+    pattern = pattern_of(work, s, runs)
     if pattern is None:
         return "needs the sparsek run of the same budget and seed first"
     path = checkpoints / f"dense_{work.seed}.pt"
@@ -351,12 +322,19 @@ def load(path: Path, settings: dict) -> dict:
     return report
 
 
-def save(path: Path, report: dict) -> None:
-    """Writes the report; whoever reads it sees the old one or the new one, never half of one."""
+def add_run(path: Path, settings: dict, facts: dict, figures: dict) -> None:
+    """Adds a run to the report, which other calls may be adding to as well; whoever reads it sees the old one or the
+    new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        report = load(path, settings)
+        if facts not in report["calls"]:
+            report["calls"].append(facts)
+        report["runs"].append(figures | {"call": report["calls"].index(facts)})
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, path)
 
 
 def show(line: str) -> None:
@@ -376,7 +354,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--budgets", nargs="+", type=positive, help="keys for each query: 16 is a sixteenth of the context")
     add("--seeds", nargs="+", type=int)
     add("--minutes", type=float, default=math.inf, help="begin no run that would probably end later")
-    add("--context", type=positive, help="bytes")
+    add("--vocabulary", type=positive, help=f"kinds of tokens: {BYTES} for bytes, or pieces learnt from the text")
+    add("--context", type=positive, help="tokens")
     add("--dim", type=positive, help="width of the hidden state")
     add("--layers", type=positive)
     add("--heads", type=positive, help="query heads")
@@ -389,6 +368,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--slope", type=float, help="rise of the scores over the context at the start")
     add("--scorer-input", choices=("mixed", "residual"), help="what attention reads, or the stream before its norm")
     add("--window-share", type=float, help="part of the budget that is a window")
+    add("--convert-window-share", type=float, help="that of converted models, which are used to seeing far")
     add("--convert-share", type=float, help="steps after conversion, as a part of --steps")
     add("--convert-lr", type=float, help="peak learning rate after conversion, in units of --lr")
     add("--convert-scorer-lr", type=float, help="that of the scorers, the only part that is new then")
@@ -396,15 +376,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--validation", type=positive, help="held-out texts")
     add("--evaluations", type=positive, help="how often a run is judged")
     add("--device")
-    add("--compile", action="store_true", help="compile the blocks by torch.compile")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks by torch.compile")
     add("--json", type=Path, default=Path("out/compare_lm/compare_lm.json"), help="where the figures go")
-    add("--checkpoints", type=Path, help="where dense models are kept for conversion; next to the figures by default")
+    add("--checkpoints", type=Path, help="where dense models and tokens are kept; next to the figures by default")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the figures next to the file")
     add("--commit", help="what was measured, where git cannot say it")
     parser.set_defaults(
         variants=["dense", "sparsek", "window", "hard", "random", *CONVERTED],
         budgets=[16],
         seeds=[0],
+        vocabulary=BYTES,
         context=512,
         dim=64,
         layers=2,
@@ -418,6 +399,7 @@ def parse_arguments() -> argparse.Namespace:
         slope=1.0,
         scorer_input="mixed",
         window_share=0.5,
+        convert_window_share=0.5,
         convert_share=0.05,
         convert_lr=0.1,
         convert_scorer_lr=5.0,
@@ -425,6 +407,7 @@ def parse_arguments() -> argparse.Namespace:
         validation=64,
         evaluations=5,
         device="cpu",
+        compile=False,
     )
     parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
     args = parser.parse_args()
@@ -435,8 +418,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--validation {args.validation} must be a multiple of --batch, --context one of 4")
     if any(args.context % parts or args.context // parts < 2 for parts in args.budgets):
         parser.error(f"--budgets {args.budgets} must divide --context {args.context} into 2 keys or more")
-    if not 0 <= args.window_share < 1:
-        parser.error("--window-share must be at least 0 and less than 1")
+    if not (0 <= args.window_share < 1 and 0 <= args.convert_window_share < 1):
+        parser.error("--window-share and --convert-window-share must be at least 0 and less than 1")
     return args
 
 
@@ -460,14 +443,17 @@ def main() -> None:
         kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
         for kind in (ModelSettings, TrainingSettings)
     )
-    trainer = Trainer(model_settings, settings, device, evaluations=args.evaluations, compiled=args.compile)
-    report = load(args.json, dataclasses.asdict(model_settings) | dataclasses.asdict(settings) | trainer.text_facts)
+    trainer = Trainer(
+        model_settings, settings, device, kept=args.checkpoints, evaluations=args.evaluations, compiled=args.compile
+    )
+    everything = dataclasses.asdict(model_settings) | dataclasses.asdict(settings) | trainer.text_facts
+    report = load(args.json, everything)
     facts = environment(device, args.commit) | {"compiled": args.compile}
     print("\n".join(f"{name}: {value}" for name, value in (report["settings"] | facts).items()), flush=True)
 
-    report["calls"].append(facts)
     longest = 0.0
     for work in grid(args.variants, [args.context // parts for parts in args.budgets], args.seeds):
+        report = load(args.json, everything)  # with what another call may have added
         if lm_report.find(report["runs"], **dataclasses.asdict(work)):
             show(f"{work.name()}: done before, skipped")
         elif (time.monotonic() - began + longest) / 60 > args.minutes:
@@ -479,9 +465,9 @@ def main() -> None:
             if isinstance(figures, str):
                 show(f"{work.name()}: not run, {figures}")
                 continue
-            report["runs"].append(figures | {"call": len(report["calls"]) - 1})
-            save(args.json, report)
+            add_run(args.json, everything, facts, figures)
 
+    report = load(args.json, everything)
     print(f"\n{lm_report.text(report)}")
     print(f"\nfigures: {args.json}")
     if args.plot and report["runs"]:

@@ -1,4 +1,4 @@
-"""A small decoder-only language model over bytes whose attention follows one of several patterns.
+"""A small decoder-only language model whose attention follows one of several patterns.
 
 Only the pattern differs between the models that ``compare_lm.py`` compares: which earlier keys a query sees, and with
 which gates. Everything else is common practice: rotary positions, grouped heads, RMSNorm before each part, a short
@@ -24,6 +24,7 @@ SCORED = (*LEARNED, "frozen")  # the patterns that have scorers
 class ModelSettings:
     """The size of a model, and what its scorers start from."""
 
+    vocabulary: int
     context: int
     dim: int
     layers: int
@@ -153,12 +154,12 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only transformer from bytes to the logits of the byte that follows each."""
+    """A decoder-only transformer from tokens to the logits of the token that follows each."""
 
     def __init__(self, s: ModelSettings, pattern: Pattern) -> None:
         super().__init__()
         self.pattern = pattern
-        self.embedding = nn.Embedding(256, s.dim)
+        self.embedding = nn.Embedding(s.vocabulary, s.dim)
         self.blocks = nn.ModuleList(Block(s, pattern) for _ in range(s.layers))
         self.norm = nn.RMSNorm(s.dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -169,14 +170,14 @@ class LanguageModel(nn.Module):
             block.attention.add_scorer(s)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, M, 256]`` for ``tokens [B, M]``."""
+        """Logits ``[B, M, vocabulary]`` for ``tokens [B, M]``."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)
 
     def losses(self, tokens: Tensor) -> Tensor:
-        """Nats ``[B, M]`` of predicting every byte of ``tokens [B, M + 1]`` but the first."""
+        """Nats ``[B, M]`` of predicting every token of ``tokens [B, M + 1]`` but the first."""
         logits = self(tokens[:, :-1])
         losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
         return losses.view(tokens.shape[0], -1)

@@ -1,7 +1,10 @@
-"""Tables, verdicts and the plot of what ``compare_lm.py`` has measured."""
+#!/usr/bin/env python3
+"""Tables, verdicts and the plot of what ``compare_lm.py`` has measured; of a file of it, where called as a script."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from pathlib import Path
 
@@ -78,7 +81,7 @@ def text(report: dict) -> str:
         rows = rows_of(runs, context, prefix)
         if len(rows) > 1:
             sections.append(
-                f"{title}; losses in nats per byte, in brackets from the best seed to the worst\n{table(rows)}"
+                f"{title}; losses in nats per token, in brackets from the best seed to the worst\n{table(rows)}"
             )
     lines = [
         line
@@ -92,7 +95,7 @@ def rows_of(runs: list[dict], context: int, prefix: str) -> list[list[str]]:
     """A row per budget and variant whose name begins so, below the head."""
     converted = bool(prefix)
     head = ["budget", "variant", "seeds", "loss", "vs. dense", "first quarter", "last quarter", "keys seen", "late"]
-    rows = [[*head, *(["before"] if converted else []), "seconds", "bytes/s"]]
+    rows = [[*head, *(["before"] if converted else []), "seconds", "tokens/s"]]
     for budget in (None, *budgets_of(runs)):
         for variant in ORDER:
             found = select(runs, variant, budget)
@@ -229,7 +232,7 @@ def plot(report: dict, path: Path) -> None:
             quarters = [mean([r["quarters"][part] for r in chosen]) for part in range(4)]
             by_position.plot([1, 2, 3, 4], quarters, color=color, marker="o", label=variant)
     by_budget.set(
-        xscale="log", xlabel="keys for each query", ylabel="held-out loss, nats per byte", title="Loss by budget"
+        xscale="log", xlabel="keys for each query", ylabel="held-out loss, nats per token", title="Loss by budget"
     )
     by_budget.set_xticks(budgets, [str(b) for b in budgets])
     by_budget.minorticks_off()
@@ -249,3 +252,16 @@ def plot(report: dict, path: Path) -> None:
             axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", type=Path, help="the file of compare_lm.py; the picture goes next to it")
+    path = parser.parse_args().json
+    report = json.loads(path.read_text())
+    print(text(report))
+    plot(report, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

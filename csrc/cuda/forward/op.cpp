@@ -49,7 +49,7 @@ void run(Kernel kernel, [[maybe_unused]] bool short_call, const ForwardParams<T>
 #endif
     if (kernel == Kernel::kDecode) {
       const Tensor columns = torch::stable::to(scores, ScalarType::Float);
-      return run_decode(params, score_columns(columns), scores, device.stream());
+      return run_decode(params, score_columns(columns), scores, device.multiprocessors(), device.stream());
     }
     if (kernel != Kernel::kSimt) {
       const int64_t rows = kernel == Kernel::kSm90 ? kForwardRowsSm90 : kForwardRowsSm80;

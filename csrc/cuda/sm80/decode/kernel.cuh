@@ -14,12 +14,10 @@
 
 namespace sparsek::cuda::sm80 {
 
-constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kDecodeKeys = 16;              // of a step
 constexpr int kScan = 64;                    // keys that a warp looks at together
 constexpr int kQueue = kScan + kDecodeKeys;  // keys lined up, at most
-constexpr int kCombineThreads = 256;
 constexpr float kDecodeLog2e = 1.4426950408889634f;
 constexpr float kDecodeLn2 = 0.6931471805599453f;
 
@@ -65,7 +63,17 @@ class Decoder {
   using Shared = DecodeShared<kWidth>;
 
   __device__ Decoder(const DecodeArguments& a, Shared& shared, const DecodeTile& tile)
-      : a_(a), p_(a.params), s_(shared), tile_(tile), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {}
+      : a_(a),
+        p_(a.params),
+        s_(shared),
+        tile_(tile),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        position_(static_cast<int32_t>(tile.query + p_.keys - p_.queries)),
+        scores_(a.columns.row(tile.batch, 0, tile.group)),
+        key_(p_.key.row(tile.batch, 0, tile.group)),
+        value_(p_.value.row(tile.batch, 0, tile.group)),
+        threshold_(a.params.pattern.hard ? 0.0f : fminf(tile.threshold(a), FLT_MAX)) {}
 
   __device__ void run() {
     load_queries();
@@ -80,6 +88,7 @@ class Decoder {
   }
 
  private:
+  static constexpr int64_t kElement = sizeof(Element);
   static constexpr int kSegments = kWidth / 32;  // of 32 columns: 8 for each of the four lanes of a key
   static constexpr int kGroups = kWidth / 64;    // of 64 columns of values: 8 for each of eight lanes
 
@@ -106,8 +115,9 @@ class Decoder {
   }
 
   __device__ void attend() {
-    const int64_t end = min((tile_.split + 1) * a_.split_size, p_.keys);
-    int64_t base = tile_.split * a_.split_size + kScan * warp_;
+    const int32_t share = a_.split_size / kDecodeWarps,
+                  end = min(share * (kDecodeWarps * tile_.split + warp_ + 1), static_cast<int32_t>(p_.keys));
+    int32_t base = share * (kDecodeWarps * tile_.split + warp_);
     int32_t* const key = s_.key[warp_];
     float* const gate = s_.gate[warp_];
     int first = 0, filled = 0;  // keys [first, filled) are lined up
@@ -115,7 +125,7 @@ class Decoder {
     const auto look = [&] {
 #pragma unroll
       for (int i = 0; i < kScan / 32; ++i) {
-        const int64_t j = base + 32 * i + lane_;
+        const int32_t j = base + 32 * i + lane_;
         ahead[i] = j < end ? gate_of(j) : 0.0f;
       }
     };
@@ -132,10 +142,10 @@ class Decoder {
         for (int i = 0; i < kScan / 32; ++i) {
           const uint32_t seen = __ballot_sync(~0u, ahead[i] > 0.0f);
           const int slot = filled + __popc(seen & ((1u << lane_) - 1));
-          if (ahead[i] > 0.0f) key[slot] = static_cast<int32_t>(base) + 32 * i + lane_, gate[slot] = ahead[i];
+          if (ahead[i] > 0.0f) key[slot] = base + 32 * i + lane_, gate[slot] = ahead[i];
           filled += __popc(seen);
         }
-        base += kScan * kDecodeWarps;
+        base += kScan;
         look();
         __syncwarp();
       }
@@ -146,30 +156,24 @@ class Decoder {
     };
     look();
     line_up();
-    if (filled == 0) return;
-    Step now, next;
-    fetch(now);
-    while (true) {
+    while (filled > first) {
+      Step step;  // one at a time: further CTAs on the processor have theirs on the way
+      fetch(step);
       line_up();
-      const bool more = filled > first;
-      if (more) fetch(next);
-      attend_to(now);
-      if (!more) return;
-      now = next;
+      attend_to(step);
     }
   }
 
-  __device__ float gate_of(int64_t key) const {
+  __device__ float gate_of(int32_t key) const {
     const Pattern& pattern = p_.pattern;
-    const int64_t position = tile_.query + p_.keys - p_.queries;
-    if (pattern.causal && key > position) return 0.0f;
-    if (pattern.causal && key > position - pattern.window) return 1.0f;
+    if (pattern.causal && key > position_) return 0.0f;
+    if (pattern.causal && key > position_ - pattern.window) return 1.0f;
     if (pattern.hard) {
       const int32_t expiry = p_.expiry[(tile_.batch * p_.groups + tile_.group) * p_.keys + key];
-      return (pattern.causal ? expiry > position : expiry == kNever) ? 1.0f : 0.0f;
+      return (pattern.causal ? expiry > position_ : expiry == kNever) ? 1.0f : 0.0f;
     }
-    const float score = *reinterpret_cast<const float*>(a_.columns.row(tile_.batch, key, tile_.group));
-    return __saturatef(score - fminf(tile_.threshold(a_), FLT_MAX));  // pinned keys, of score +inf, stay above
+    const float score = *reinterpret_cast<const float*>(scores_ + key * a_.columns.stride[1] * int64_t{sizeof(float)});
+    return __saturatef(score - threshold_);
   }
 
   // Starts the loads of `count` keys, up to 16.
@@ -179,7 +183,7 @@ class Decoder {
     for (int h = 0; h < 2; ++h) {
       const int slot = n + 8 * h;
       const bool exists = slot < count;
-      const char* row = p_.key.row(tile_.batch, exists ? key[slot] : 0, tile_.group);
+      const char* row = key_ + (exists ? key[slot] : 0) * p_.key.stride[1] * kElement;
       step.gate[h] = exists ? gate[slot] : 0.0f;
 #pragma unroll
       for (int s = 0; s < kSegments; ++s) step.key[h][s] = load(row, exists, 32 * s + 8 * c, p_.key.width);
@@ -188,7 +192,7 @@ class Decoder {
     for (int i = 0; i < 4; ++i) {
       const int slot = 2 * c + i % 2 + i / 2 * 8;
       const bool exists = slot < count;
-      const char* row = p_.value.row(tile_.batch, exists ? key[slot] : 0, tile_.group);
+      const char* row = value_ + (exists ? key[slot] : 0) * p_.value.stride[1] * kElement;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) step.value[i][g] = load(row, exists, 64 * g + 8 * n, p_.value.width);
     }
@@ -286,6 +290,9 @@ class Decoder {
   Shared& s_;
   const DecodeTile& tile_;
   const int warp_, lane_;
+  const int32_t position_;                                // of the query among the keys
+  const char *const scores_, *const key_, *const value_;  // of key 0
+  const float threshold_;                                 // finite, so that pinned keys, of score +inf, stay above
   uint4 query_[kSegments];
   float reference_[2], sum_[2];  // of heads 2 c and 2 c + 1; the sum over keys n and n + 8
   float out_[kWidth / 16][4];    // columns 64 g + 8 n + 2 t and the next, each of heads 2 c and 2 c + 1
@@ -321,49 +328,65 @@ __device__ void Decoder<Element, kWidth>::finish(int head, int column, float hig
 }
 
 template <typename Element, int kWidth>
-__global__ void __launch_bounds__(kDecodeThreads) decode(const __grid_constant__ DecodeArguments a) {
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeResident) decode(const __grid_constant__ DecodeArguments a) {
   auto& shared = shared_memory<DecodeShared<kWidth>>();
   const int64_t index = blockIdx.x / a.splits;
   const DecodeTile tile = DecodeTile::of(a, index, static_cast<int32_t>(blockIdx.x - index * a.splits));
   Decoder<Element, kWidth>(a, shared, tile).run();
 }
 
-// Puts the parts of one query and some heads together, in their order.
+// Puts the parts of one query and head together, in their order: a warp for each.
 template <typename Element>
-__global__ void __launch_bounds__(kCombineThreads) combine_splits(const __grid_constant__ DecodeArguments a) {
-  __shared__ float factors[kDecodeHeads][kMostSplits];
-  __shared__ float2 totals[kDecodeHeads];  // reference and sum
-  const DecodeTile tile = DecodeTile::of(a, blockIdx.x, 0);
-  const int width = static_cast<int>(a.params.value.width), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t first = tile.place * a.splits * a.heads;
-  if (warp < tile.heads) {
-    float2 weights[kMostSplits / 32];
-    float highest = -FLT_MAX, sum = 0.0f;
+__global__ void __launch_bounds__(32) combine_splits(const __grid_constant__ DecodeArguments a) {
+  constexpr int kAtOnce = 8;  // parts whose loads are under way together
+  const int64_t index = blockIdx.x / a.heads;
+  const DecodeTile tile = DecodeTile::of(a, index, 0);
+  const int head = static_cast<int>(blockIdx.x - index * a.heads), lane = threadIdx.x, column = 4 * lane;
+  if (head >= tile.heads) return;
+  const int64_t first = index * a.splits * a.heads + head, width = a.params.value.width;
+  float4 parts[kAtOnce];
+  const auto load = [&](int32_t begin) {
 #pragma unroll
-    for (int i = 0; i < kMostSplits / 32; ++i) {
-      const int split = 32 * i + lane;
-      weights[i] = split < a.splits ? a.weights[first + split * a.heads + warp] : float2{-FLT_MAX, 0.0f};
-      highest = fmaxf(highest, weights[i].x);
-    }
-    for (int mask = 1; mask < 32; mask *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
+    for (int i = 0; i < kAtOnce; ++i)
+      if (begin + i < a.splits && column < width)
+        parts[i] = *reinterpret_cast<const float4*>(a.partial + (first + (begin + i) * a.heads) * width + column);
+  };
+  load(0);
+  float2 weights[kMostSplits / 32];
+  float highest = -FLT_MAX, sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kMostSplits / 32; ++i) {
-      const float factor = weights[i].y == 0.0f ? 0.0f : exp2_fast(weights[i].x - highest);
-      factors[warp][32 * i + lane] = factor;
-      sum += factor * weights[i].y;
+  for (int i = 0; i < kMostSplits / 32; ++i) {
+    const int split = 32 * i + lane;
+    weights[i] = split < a.splits ? a.weights[first + split * a.heads] : float2{-FLT_MAX, 0.0f};
+    highest = fmaxf(highest, weights[i].x);
+  }
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
+  float factors[kMostSplits / 32];
+  static_assert(kMostSplits == 64);
+#pragma unroll
+  for (int i = 0; i < kMostSplits / 32; ++i) {
+    factors[i] = weights[i].y == 0.0f ? 0.0f : exp2_fast(weights[i].x - highest);
+    sum += factors[i] * weights[i].y;
+  }
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int32_t begin = 0; begin < a.splits; begin += kAtOnce) {
+    if (begin > 0) load(begin);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float factor = __shfl_sync(~0u, begin < 32 ? factors[0] : factors[1], (begin + i) % 32);
+      if (begin + i >= a.splits) break;
+      out[0] = fmaf(factor, parts[i].x, out[0]);
+      out[1] = fmaf(factor, parts[i].y, out[1]);
+      out[2] = fmaf(factor, parts[i].z, out[2]);
+      out[3] = fmaf(factor, parts[i].w, out[3]);
     }
-    for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    if (lane == 0) totals[warp] = {highest, sum};
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < tile.heads * width; i += kCombineThreads) {
-    const int head = i / width, column = i - head * width;
-    float out = 0.0f;
-#pragma unroll 8
-    for (int32_t split = 0; split < a.splits; ++split)
-      out = fmaf(factors[head][split], a.partial[(first + split * a.heads + head) * width + column], out);
-    write_result<Element>(a, tile, head, column, totals[head].x, totals[head].y, out);
-  }
+  if (column >= width) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) write_result<Element>(a, tile, head, column + i, highest, sum, out[i]);
 }
 
 template <typename Element, int kWidth>
@@ -373,7 +396,7 @@ void launch_decode(const DecodeArguments& arguments, cudaStream_t stream) {
   launch("decode", decode<Element, kWidth>, tiles * arguments.splits, kDecodeThreads, sizeof(DecodeShared<kWidth>),
          stream, arguments);
   if (arguments.partial != nullptr)
-    launch("combine_splits", combine_splits<Element>, tiles, kCombineThreads, 0, stream, arguments);
+    launch("combine_splits", combine_splits<Element>, tiles * arguments.heads, 32, 0, stream, arguments);
 }
 
 }  // namespace sparsek::cuda::sm80

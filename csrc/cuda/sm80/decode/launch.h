@@ -12,19 +12,22 @@ namespace sparsek::cuda {
 // of params.scores.
 constexpr int64_t kMaxDecodeQueries = 8;
 constexpr int64_t kMaxDecodeWidth = 128;
-void run_decode(const ForwardParams<float>& params, const Rows& columns, const Tensor& reference, cudaStream_t stream);
+void run_decode(const ForwardParams<float>& params, const Rows& columns, const Tensor& reference, int multiprocessors,
+                cudaStream_t stream);
 
 namespace sm80 {
 
-constexpr int kDecodeHeads = 8;  // of a CTA: as many as the products have columns
-constexpr int kMostSplits = 64;  // of the keys
+constexpr int kDecodeWarps = 4;     // of a CTA
+constexpr int kDecodeResident = 3;  // CTAs on a multiprocessor together
+constexpr int kDecodeHeads = 8;     // of a CTA: as many as the products have columns
+constexpr int kMostSplits = 64;     // of the keys
 
-// Keys are shared out among CTAs, whose results another kernel puts together. How, depends on their number alone, so
-// that the results of a sequence do not depend on the others.
+// Keys are shared out among CTAs, more of them where there is little else to do; another kernel puts their results
+// together.
 struct DecodeArguments {
   ForwardParams<float> params;
   Rows columns;        // of the scores
-  int64_t split_size;  // keys of a CTA
+  int32_t split_size;  // keys of a CTA
   int32_t splits;
   int32_t heads;    // query heads of a CTA, all of one group
   int32_t tiles;    // of so many heads in a group
