@@ -67,7 +67,7 @@ class Attention(nn.Module):
     def add_scorer(self, s: ModelSettings) -> None:
         """What the pattern needs for its scores; drawn after all else, which is so the same for all patterns."""
         if self.pattern.kind in SCORED:
-            self.scorer = SparseKScorer(s.dim, s.groups, spread=s.spread, slope=s.slope, slope_length=s.context)
+            self.scorer = SparseKScorer(s.dim, s.groups, spread=s.spread, slope=s.slope, slope_length=self.pattern.k)
             self.scorer.requires_grad_(self.pattern.kind in LEARNED)
         elif self.pattern.kind == "random":
             self.register_buffer("drawn", torch.randn(s.context, s.groups) * s.spread)
@@ -183,12 +183,19 @@ class LanguageModel(nn.Module):
         return losses.view(tokens.shape[0], -1)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that learn: matrices, which decay; those of scorers; and the rest."""
-        groups: dict[str, list[nn.Parameter]] = {"matrices": [], "scorers": [], "rest": []}
+        """The parameters that learn: matrices of the blocks, the embedding, those of scorers, and the rest."""
+        groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embedding": [], "scorers": [], "rest": []}
+        matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                group = "scorers" if ".scorer." in name else "matrices" if parameter.ndim == 2 else "rest"
-                groups[group].append(parameter)
+            if not parameter.requires_grad:
+                continue
+            if ".scorer." in name:
+                group = "scorers"
+            elif parameter is self.embedding.weight:
+                group = "embedding"
+            else:
+                group = "matrices" if id(parameter) in matrices else "rest"
+            groups[group].append(parameter)
         return groups
 
     @torch.no_grad()

@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.heads, self.k, self.window = s.heads, s.k, s.window
         self.qkv = nn.Linear(s.dim, 3 * s.dim, bias=False)
         self.out = nn.Linear(s.dim, s.dim, bias=False)
-        self.scorer = SparseKScorer(s.dim, s.heads, slope_length=s.context)
+        self.scorer = SparseKScorer(s.dim, s.heads, slope_length=s.k)
 
     def forward(self, x: Tensor) -> tuple[Tensor, SparseKBias]:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)

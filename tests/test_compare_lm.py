@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -87,9 +88,9 @@ def test_figures(runs):
 def test_scorers_are_reported(runs):
     for (variant, _, _), run in runs.items():
         if variant == "frozen":
-            assert run["scorers"] == pytest.approx({"spread": 4, "slope": 1})
+            assert run["scorers"] == pytest.approx({"spread": 1, "slope": 1})
         elif variant.removeprefix("convert-") in {"sparsek", "hard"}:
-            assert run["scorers"] == pytest.approx({"spread": 4, "slope": 1}, abs=0.5)
+            assert run["scorers"] == pytest.approx({"spread": 1, "slope": 1}, abs=0.5)
         else:
             assert run["scorers"] == {}
 
@@ -162,6 +163,35 @@ def test_no_time_left(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "left for the next call" in done.stderr
     assert not file.exists() and "no run is finished" in done.stdout
+
+
+def test_calls_side_by_side(tmp_path):
+    """Several calls fill one file, and lose nothing of each other's."""
+    file = tmp_path / "figures.json"
+    with ThreadPoolExecutor() as pool:
+        calls = [
+            pool.submit(compare, file, "--variants", "window", "random", "--seeds", str(seed), "--no-plot")
+            for seed in range(3)
+        ]
+    assert [call.result().returncode for call in calls] == [0, 0, 0], [call.result().stderr for call in calls]
+    runs = json.loads(file.read_text())["runs"]
+    assert sorted((r["variant"], r["seed"]) for r in runs) == [(v, s) for v in ("random", "window") for s in range(3)]
+
+
+def test_pieces_of_several_bytes(tmp_path):
+    """A vocabulary of 512 is half bytes, half pieces that the text repeats; its tokens are made once."""
+    pytest.importorskip("tokenizers")
+    file = tmp_path / "figures.json"
+    kept = []
+    for seed in ("0", "1"):
+        done = compare(file, "--variants", "window", "--vocabulary", "512", "--seeds", seed, "--no-plot")
+        assert done.returncode == 0, done.stderr
+        [path] = (tmp_path / "checkpoints").glob("text_*_512.pt")
+        kept.append(path.stat().st_mtime_ns)
+    assert kept[0] == kept[1]
+    report = json.loads(file.read_text())
+    assert 1.5 < report["settings"]["bytes_per_token"] < 4
+    assert all(abs(run["loss"] - math.log(512)) < 0.5 for run in report["runs"])
 
 
 def test_other_settings_are_refused(finished):

@@ -31,8 +31,8 @@ def test_spread_at_initialisation(scale, dim, groups, spread, device):
 
 
 def test_selection_at_initialisation_is_useful(device):
-    """The spread by default leaves a support of less than twice k, and gradients to a fair part of it."""
-    scores = scorer(256, 2).to(device)(hidden_states(2, 1024, 256).to(device))
+    """Spread and slope by default leave a support of less than twice k, and gradients to a fair part of it."""
+    scores = scorer(256, 2, slope_length=64).to(device)(hidden_states(2, 1024, 256).to(device))
     gates = sparsek(scores, 64, dim=1)
     support = (gates > 0).sum(1)
     fractional = ((gates > 0) & (gates < 1)).sum(1)

@@ -45,14 +45,17 @@ def test_equals_the_stock_model_where_every_key_is_kept(family, padding, impleme
 @EVERY_PADDING
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"hard": True, "window": 2}], ids=str)
 def test_padding_changes_nothing(family, padding, options, device):
-    """Each row of a batch gives what its real tokens give alone, and selection does select."""
-    model = sparsify(build(family).to(device), num_keys=3, **options)
+    """Each row of a batch gives what its real tokens give alone, and selection does select.
+
+    In float64, since a key with a small gate and a large logit makes much of the last bits of its score.
+    """
+    model = sparsify(build(family).to(device, torch.float64), num_keys=3, **options)
     batch = batch_of(padding, device)
     with torch.no_grad():
         logits = model(**batch).logits
         for i, (first, last) in enumerate(PADDINGS[padding]):
             alone = model(batch["input_ids"][i : i + 1, first:last]).logits[0]
-            torch.testing.assert_close(logits[i, first:last], alone, rtol=0, atol=1e-5 * logits.abs().max().item())
+            torch.testing.assert_close(logits[i, first:last], alone, rtol=0, atol=1e-10 * logits.abs().max().item())
         model.set_attn_implementation("sdpa")
         dense = real_logits(model, batch)
     assert (dense - logits[batch["attention_mask"].bool()]).abs().max() > 0.1 * logits.abs().max()
@@ -151,7 +154,7 @@ def test_scores_follow_position_ids(family, monkeypatch):
 
 def test_settings_may_be_changed():
     model = sparsify(build("llama"), num_keys=24)
-    expected = sparsify(build("llama"), num_keys=2, window=1, hard=True)
+    expected = sparsify(build("llama"), num_keys=2, window=1, hard=True, slope_length=24)
     expected.load_state_dict(model.state_dict())
     model.config.sparsek.update(num_keys=2, window=1, hard=True)
     assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
@@ -163,6 +166,7 @@ def test_scorers_start_as_asked():
         scorer = attention.sparsek_scorer
         assert (scorer.gain == 2.0).all() and (scorer.slope == -1.5).all() and scorer.slope_length == 7
         assert scorer.weight.shape == (2, 32)
+    assert sparsify(build("llama"), num_keys=4).config.sparsek["slope_length"] == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

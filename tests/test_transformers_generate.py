@@ -127,7 +127,7 @@ def test_caches_by_default(past):
 @pytest.mark.parametrize("hard", [False, True])
 def test_memory_does_not_grow(hard):
     """With hard selection the default capacity is exact; with soft selection and close scores, drops are counted."""
-    model = sparsify(build("llama"), num_keys=4, window=3, hard=hard, spread=0.25)
+    model = sparsify(build("llama"), num_keys=4, window=3, hard=hard, spread=0.25, slope=0.1)
     past = SparseKGenerationCache(model.config)
     assert past.overflow == {}
     sizes = []

@@ -55,9 +55,9 @@ def sparsify(
     window: int = 0,
     hard: bool = False,
     layers: Iterable[int] | None = None,
-    spread: float = 4.0,
+    spread: float = 1.0,
     slope: float = 1.0,
-    slope_length: int = 1024,
+    slope_length: int | None = None,
 ) -> PreTrainedModel:
     """Gives a causal language model SparseK attention, with new scorers, in place.
 
@@ -73,7 +73,8 @@ def sparsify(
         hard: whether the gates of selected keys are 1, rather than continuous in the scores.
         layers: indices of the layers that get SparseK attention, all by default. The others stay dense, through
             PyTorch's ``scaled_dot_product_attention``.
-        spread, slope, slope_length: how the scorers start, as for :class:`xformers_sparsek.SparseKScorer`.
+        spread, slope, slope_length: how the scorers start, as for :class:`xformers_sparsek.SparseKScorer`;
+            ``slope_length`` is ``num_keys`` by default.
 
     Returns:
         ``model`` itself.
@@ -92,6 +93,7 @@ def sparsify(
     problem.refuse("sparsify", arguments, reasons)
 
     settings = {"num_keys": num_keys, "window": window, "hard": hard, "layers": sorted(chosen)}
+    slope_length = num_keys if slope_length is None else slope_length
     settings |= {"spread": spread, "slope": slope, "slope_length": slope_length}
     _attach_scorers(model, settings)
     model.config.sparsek = settings
