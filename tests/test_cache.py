@@ -174,13 +174,13 @@ def test_reset_and_reorder(device):
 def test_opcheck(hard, device):
     cache = SparseKCache(2, 2, 8, num_keys=4, window=3, hard=hard, dtype=F64, device=device)
     x, u = torch.randn(2, 1, 2, 8, dtype=F64, device=device), torch.randn(2, 1, 2, dtype=F64, device=device)
-    torch.library.opcheck(torch.ops.xformers_sparsek.append.default, (x, x, u, *cache._tensors(), 4, 3, hard))
+    torch.library.opcheck(torch.ops.xformers_sparsek.append.default, (x, x, u, *cache.tensors(), 4, 3, hard))
 
 
 def test_operator_refuses_what_does_not_fit(device):
     cache = SparseKCache(2, 2, 8, num_keys=4, window=3, dtype=F64, device=device)
     x, u = torch.randn(2, 1, 2, 8, dtype=F64, device=device), torch.randn(2, 1, 2, dtype=F64, device=device)
-    good = [x, x, u, *cache._tensors(), 4, 3, False]
+    good = [x, x, u, *cache.tensors(), 4, 3, False]
     for i in range(len(good) - 3):
         for damaged in (good[i][:1], good[i].to(torch.int16), good[i].flatten()):
             with pytest.raises(RuntimeError, match="must"):

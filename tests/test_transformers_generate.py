@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.utils import GenerateOutput
 from transformers_case import FAMILIES, batch_of, build, tokens
 
@@ -143,6 +143,56 @@ def test_memory_does_not_grow(hard):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize(
+    ("family", "backend"), [*((family, "aot_eager") for family in FAMILIES), ("llama", "inductor")], ids=str
+)
+def test_compiled(family, backend):
+    """One graph makes every token but the first of each text, whatever the padding, and for another cache as well."""
+    model = sparsify(build(family), num_keys=4, window=3)
+    compiled = CompileConfig(fullgraph=True, dynamic=False, mode="default", backend=backend)
+    compiled._compile_all_devices = True
+    past = SparseKGenerationCache(model.config, compileable=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for padding in ("left", "none", "both"):
+            expected = generate(model, prompt(padding), past_key_values=SparseKGenerationCache(model.config))
+            found = generate(model, prompt(padding), past_key_values=past, compile_config=compiled)
+            check_equal(found, expected)
+            # All passes but the first, of which each gives a token that is not fed back.
+            assert past.get_seq_length() == 24 + GREEDY["max_new_tokens"] - 1
+            past.reset()
+            assert past.get_seq_length() == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.cuda
+def test_compiled_as_a_cuda_graph():
+    """What generate does by itself on a GPU, with nothing in the way of a graph."""
+    model = sparsify(build("llama").cuda(), num_keys=4, window=3)
+    past = SparseKGenerationCache(model.config, compileable=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for padding in ("left", "none"):
+        inputs = {name: x.cuda() for name, x in prompt(padding).items()}
+        expected = generate(model, inputs, past_key_values=SparseKGenerationCache(model.config))
+        check_equal(generate(model, inputs, past_key_values=past), expected)
+        past.reset()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_compileable_without_compiling(options):
+    model = sparsify(build("llama"), num_keys=4, window=3)
+    results = []
+    for compileable in (False, True):
+        torch.manual_seed(5)
+        past = SparseKGenerationCache(model.config, compileable=compileable)
+        results.append(generate(model, prompt("left"), past_key_values=past, **options).sequences)
+    assert torch.equal(*results)
+
+
 def test_prompt_lookup_crops_the_cache():
     """Assisted generation takes back the keys, and their scores, of tokens that turn out wrong."""
     model = sparsify(build("llama"), num_keys=4, window=3)
@@ -186,6 +236,14 @@ def test_autocast():
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_caches_that_cannot_be_compiled():
+    model = sparsify(build("llama"), num_keys=4, layers=[1])
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] are dense"):
+        SparseKGenerationCache(model.config, compileable=True)
+    with pytest.raises(ValueError, match="compileable must be True or False, got 1"):
+        SparseKGenerationCache(model.config, compileable=1)
 
 
 def test_caches_that_have_no_place_for_scores():

@@ -114,7 +114,7 @@ class SparseKCache:
     @property
     def nbytes(self) -> int:
         """Memory that the cache takes, in bytes."""
-        return sum(x.numel() * x.element_size() for x in self._tensors())
+        return sum(x.numel() * x.element_size() for x in self.tensors())
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -124,7 +124,7 @@ class SparseKCache:
 
     def reorder(self, index: Tensor) -> None:
         """Replaces batch entry ``i`` by what was entry ``index[i]``, for beam search; ``index [B]`` is an integer."""
-        for x in self._tensors():
+        for x in self.tensors():
             x.copy_(x.index_select(0, index.to(x.device)))
 
     @torch.no_grad()
@@ -161,7 +161,8 @@ class SparseKCache:
             return self._attend_one(query, key, value, scores, scale)
         return self._attend_many(query, key, value, scores, scale, mask)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the cache is made of: tensors that stay where they are, and are written in place."""
         state = (self._key, self._value, self._score, self._waiting, self._position)
         return (*state, self._next, self._length, self._overflow)
 
@@ -183,7 +184,7 @@ class SparseKCache:
 
     def _attend_one(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float) -> Tensor:
         threshold, expiry = torch.ops.xformers_sparsek.append(
-            key, value, scores, *self._tensors(), self.num_keys, self.window, self.hard
+            key, value, scores, *self.tensors(), self.num_keys, self.window, self.hard
         )
         places = (self._key, self._value, self._score)
         options = (None, None, 0, False, self.hard, scale, None)

@@ -271,9 +271,10 @@ def sparsek_mask(
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs
         )
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is None:
+    if attention_mask is None:
         return None
+    kv_offset = int(kv_offset)  # a tensor where the cache is compileable
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = padding[:, kv_offset : kv_offset + kv_length]
     return None if padding.all() else padding[:, None, None, :]
 

@@ -24,21 +24,31 @@ class SparseKGenerationCache(DynamicCache):
         config: ``model.config`` of a model that ``sparsify`` was applied to.
         capacity: how many keys besides the window are kept for each row and key/value head, at least ``num_keys``; by
             default ``num_keys`` if ``hard`` and twice as many otherwise. See ``overflow``.
+        compileable: whether ``generate`` may compile the passes of single tokens, as it does with transformers' own
+            caches of fixed size; on a GPU they become one CUDA graph. Compiling takes seconds to minutes, once for a
+            cache that starts over by ``reset`` between texts of the same batch size.
 
     Raises:
-        ValueError: the configuration has no ``sparsek`` block. A capacity that is too small is one in the first forward
-            pass.
+        ValueError: the configuration has no ``sparsek`` block, or ``compileable`` is asked of a model with dense
+            layers, whose caches grow. A capacity that is too small is one in the first forward pass.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, capacity: int | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, *, capacity: int | None = None, compileable: bool = False) -> None:
         settings = getattr(config, "sparsek", None)
         reasons = ["the model has no scorers: call sparsify first"] if settings is None else []
-        problem.refuse("SparseKGenerationCache", {"config": type(config).__name__}, reasons)
+        if not isinstance(compileable, bool):
+            reasons.append(f"compileable must be True or False, got {compileable!r}")
+        elif compileable and settings is not None:
+            dense = sorted(set(range(config.num_hidden_layers)) - set(settings["layers"]))
+            if dense:
+                reasons.append(f"layers {dense} are dense and keep every key: their cache cannot be compiled")
+        arguments = {"config": type(config).__name__, "capacity": capacity, "compileable": compileable}
+        problem.refuse("SparseKGenerationCache", arguments, reasons)
         super().__init__(config=config)
         self.config = config
         pattern = {name: settings[name] for name in ("num_keys", "window", "hard")}
         for i in settings["layers"]:
-            self.layers[i] = SparseKCacheLayer(capacity=capacity, **pattern)
+            self.layers[i] = SparseKCacheLayer(capacity=capacity, compileable=compileable, **pattern)
 
     @property
     def overflow(self) -> dict[int, Tensor]:
@@ -71,11 +81,15 @@ class SparseKCacheLayer(CacheLayerMixin):
     ``update`` gives the new keys and values back alone; ``cache.attend`` attends over all that came before them, too.
     """
 
-    def __init__(self, *, num_keys: int, window: int, hard: bool, capacity: int | None) -> None:
+    def __init__(
+        self, *, num_keys: int, window: int, hard: bool, capacity: int | None, compileable: bool = False
+    ) -> None:
         super().__init__()
+        self.is_compileable = compileable  # transformers asks for this name
         self.options = {"num_keys": num_keys, "window": window, "hard": hard, "capacity": capacity}
         self.cache: SparseKCache | None = None
-        self.cumulative_length = 0
+        # A graph cannot count in Python, and without one nobody need wait for the device.
+        self.cumulative_length: Tensor | int = torch.tensor(0) if compileable else 0
         self._has_scores = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -83,6 +97,11 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.dtype, self.device = autocast(key_states[:0]).dtype, key_states.device
         options = self.options | {"dtype": self.dtype, "device": self.device}
         self.cache = SparseKCache(batch, groups, key_dim, value_states.shape[3], **options)
+        if self.is_compileable:
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            # CUDA graphs write to the memory that they were captured with.
+            for tensor in (self.cumulative_length, *self.cache.tensors()):
+                torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def hand_over(self, scores: Tensor) -> None:
@@ -107,7 +126,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.cumulative_length = 0
+        self.cumulative_length *= 0
         if self.cache is not None:
             self.cache.reset()
 
