@@ -369,7 +369,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate")
     add("--scorer-lr", type=float, help="learning rate of the scorers in units of --lr")
     add("--spread", type=float, help="standard deviation of the scores at the start")
-    add("--slope", type=float, help="rise of the scores over k tokens at the start")
+    add("--slope", type=float, help="rise of the scores of the first group over k tokens at the start")
+    add("--slope-ratio", type=float, help="that slope over the one of the last group")
     add("--scorer-input", choices=("mixed", "residual"), help="what attention reads, or the stream before its norm")
     add("--window-share", type=float, help="part of the budget that is a window")
     add("--convert-window-share", type=float, help="that of converted models, which are used to seeing far")
@@ -401,6 +402,7 @@ def parse_arguments() -> argparse.Namespace:
         scorer_lr=1.0,
         spread=1.0,
         slope=1.0,
+        slope_ratio=64.0,
         scorer_input="mixed",
         window_share=0.5,
         convert_window_share=0.5,

@@ -32,6 +32,7 @@ class ModelSettings:
     groups: int
     spread: float
     slope: float
+    slope_ratio: float
     scorer_input: str
 
 
@@ -67,7 +68,8 @@ class Attention(nn.Module):
     def add_scorer(self, s: ModelSettings) -> None:
         """What the pattern needs for its scores; drawn after all else, which is so the same for all patterns."""
         if self.pattern.kind in SCORED:
-            self.scorer = SparseKScorer(s.dim, s.groups, spread=s.spread, slope=s.slope, slope_length=self.pattern.k)
+            slopes = {"slope": s.slope, "slope_ratio": s.slope_ratio, "slope_length": self.pattern.k}
+            self.scorer = SparseKScorer(s.dim, s.groups, spread=s.spread, **slopes)
             self.scorer.requires_grad_(self.pattern.kind in LEARNED)
         elif self.pattern.kind == "random":
             self.register_buffer("drawn", torch.randn(s.context, s.groups) * s.spread)

@@ -278,7 +278,16 @@ def small_model(lm: ModuleType, kind: str) -> tuple[torch.nn.Module, torch.Tenso
     """A model of one layer for texts of 24 bytes, which keeps 5 and a window of 3 of them, and two texts."""
     torch.manual_seed(0)
     settings = lm.ModelSettings(
-        vocabulary=256, context=24, dim=16, layers=1, heads=2, groups=2, spread=4.0, slope=1.0, scorer_input="mixed"
+        vocabulary=256,
+        context=24,
+        dim=16,
+        layers=1,
+        heads=2,
+        groups=2,
+        spread=4.0,
+        slope=1.0,
+        slope_ratio=64.0,
+        scorer_input="mixed",
     )
     model = lm.LanguageModel(settings, lm.Pattern(kind, k=1 if kind == "window" else 5, window=3))
     return model, torch.randint(256, (2, 25))

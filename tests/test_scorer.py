@@ -31,13 +31,16 @@ def test_spread_at_initialisation(scale, dim, groups, spread, device):
 
 
 def test_selection_at_initialisation_is_useful(device):
-    """Spread and slope by default leave a support of less than twice k, and gradients to a fair part of it."""
-    scores = scorer(256, 2, slope_length=64).to(device)(hidden_states(2, 1024, 256).to(device))
+    """By default a support of less than 2.7 k, with gradients to a fair part of it; one group is near, one far."""
+    scores = scorer(256, 2, slope_length=64).to(device)(hidden_states(2, 2048, 256).to(device))
     gates = sparsek(scores, 64, dim=1)
     support = (gates > 0).sum(1)
     fractional = ((gates > 0) & (gates < 1)).sum(1)
-    assert (support < 128).all() and (support > 64).all()
+    assert (support < 2.7 * 64).all() and (support > 64).all()
     assert (fractional > 6).all()
+    distance = 2047 - torch.arange(2048, device=device)
+    near, far = ((gates > 0) * distance[:, None]).sum(1).div(support).mean(0).tolist()
+    assert near < 2 * 64 and far > 8 * 64
 
 
 def test_each_token_is_scored_on_its_own(device):
@@ -54,7 +57,7 @@ def test_each_token_is_scored_on_its_own(device):
 @pytest.mark.parametrize(("slope", "length"), [(1.0, 1024), (-2.0, 16), (0.0, 1)])
 def test_slope(slope, length, device):
     """Equal hidden states differ by the slope alone, which counts in tokens."""
-    module = scorer(slope=slope, slope_length=length).to(device)
+    module = scorer(slope=slope, slope_ratio=1.0, slope_length=length).to(device)
     hidden = hidden_states(1, 1, 64).to(device).expand(2, 50, 64)
     scores = module(hidden).double()
     steps = torch.arange(50, device=device, dtype=F64).view(1, -1, 1) * slope / length
@@ -63,7 +66,7 @@ def test_slope(slope, length, device):
 
 def test_positions(device):
     """Positions of one's own stand in for 0, 1, 2, ...: for decoding, and for packed sequences."""
-    module = scorer(slope=3.0, slope_length=8).to(device)
+    module = scorer(slope=3.0, slope_ratio=1.0, slope_length=8).to(device)
     hidden = hidden_states(2, 20, 64).to(device)
     full = module(hidden)
     torch.testing.assert_close(module(hidden[:, 12:], torch.arange(12, 20, device=device)), full[:, 12:])
@@ -75,7 +78,7 @@ def test_positions(device):
 
 def test_slope_is_exact_at_long_positions(device):
     """A 16-bit slope would not tell neighbouring tokens apart a million tokens in."""
-    module = scorer(slope=1.0, slope_length=1, dtype=BF16).to(device)
+    module = scorer(slope=1.0, slope_ratio=1.0, slope_length=1, dtype=BF16).to(device)
     hidden = torch.zeros(1, 3, 64, dtype=BF16, device=device)
     scores = module(hidden, torch.tensor([10**6, 10**6 + 1, 10**6 + 2], device=device))
     assert (scores.diff(dim=1) == 1).all()
@@ -122,8 +125,9 @@ def test_hidden_state_of_zeros(device):
 
 
 def test_parameters_initialised_again_and_saved():
-    module = scorer(seed=1, spread=2.5, slope=-0.5)
-    assert (module.gain == 2.5).all() and (module.slope == -0.5).all()
+    module = scorer(seed=1, spread=2.5, slope=-0.5, slope_ratio=8.0)
+    assert (module.gain == 2.5).all()
+    torch.testing.assert_close(module.slope.detach(), torch.tensor([-0.5, -0.25, -0.125, -0.0625]))
     torch.testing.assert_close(module.weight.norm(dim=-1), torch.ones(4))
     other = scorer(seed=2)
     assert not torch.equal(other.weight, module.weight)
@@ -136,7 +140,9 @@ def test_parameters_initialised_again_and_saved():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dim": 0}, {"num_groups": 0}, {"spread": 0.0}, {"spread": -1.0}, {"slope_length": 0}], ids=str
+    "changes",
+    [{"dim": 0}, {"num_groups": 0}, {"spread": 0.0}, {"spread": -1.0}, {"slope_length": 0}, {"slope_ratio": 0.0}],
+    ids=str,
 )
 def test_bad_arguments(changes):
     with pytest.raises(ValueError, match="SparseKScorer needs"):

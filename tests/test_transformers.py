@@ -139,7 +139,7 @@ def test_rows_without_tokens(family):
 @EVERY_FAMILY
 def test_scores_follow_position_ids(family, monkeypatch):
     """The slope of the scores counts the positions that the model is given."""
-    model = sparsify(build(family), num_keys=4, slope=3.0, slope_length=10)
+    model = sparsify(build(family), num_keys=4, slope=3.0, slope_ratio=1.0, slope_length=10)
     inputs = tokens()
     calls = [
         recorded(model, {"input_ids": inputs, "position_ids": torch.arange(24)[None] + start}, monkeypatch)
@@ -161,10 +161,10 @@ def test_settings_may_be_changed():
 
 
 def test_scorers_start_as_asked():
-    model = sparsify(build("llama"), num_keys=4, spread=2.0, slope=-1.5, slope_length=7)
+    model = sparsify(build("llama"), num_keys=4, spread=2.0, slope=-1.5, slope_ratio=2.0, slope_length=7)
     for attention in attentions(model):
         scorer = attention.sparsek_scorer
-        assert (scorer.gain == 2.0).all() and (scorer.slope == -1.5).all() and scorer.slope_length == 7
+        assert (scorer.gain == 2.0).all() and scorer.slope.tolist() == [-1.5, -0.75] and scorer.slope_length == 7
         assert scorer.weight.shape == (2, 32)
     assert sparsify(build("llama"), num_keys=4).config.sparsek["slope_length"] == 4
 

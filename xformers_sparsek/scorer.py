@@ -15,20 +15,23 @@ class SparseKScorer(nn.Module):
     of the hidden state, with rows ``w[g]`` of unit length, gives scores a standard deviation of ``spread`` at
     initialisation, whatever the scale of the hidden state; from there ``gain``, ``w`` and ``slope`` learn.
 
-    With a slope of 1 per ``k`` tokens, keys that are otherwise equal fade out within ``1.5 k`` tokens, and one that
-    scores higher by 1 stays for ``k`` tokens longer. A much smaller slope selects at random from the whole text at
-    first, and a larger ``spread`` gives fewer keys a gradient: both learn worse (``examples/compare_lm.py``).
+    The slope decides how far a group sees at first: with 1 per ``k`` tokens, keys that are otherwise equal fade out
+    within ``1.5 k`` tokens, and one that scores higher by 1 stays for ``k`` tokens longer. Training moves slopes but
+    little, so the groups start with slopes of a geometric sequence, as the heads of ALiBi do (Press et al.,
+    arXiv:2108.12409), from one that makes a soft window to one that selects from a text of many times ``k`` tokens.
 
     Args:
         dim: width of the hidden state.
         num_groups: number of key/value heads ``G``.
         spread: standard deviation of the scores at initialisation, in units of score.
-        slope: initial slope, in units of score per ``slope_length`` tokens; positive favours recent keys.
+        slope: initial slope of the first group, in units of score per ``slope_length`` tokens; positive favours recent
+            keys.
+        slope_ratio: that slope over the one of the last group.
         slope_length: tokens per unit of slope: the ``k`` of the selection is a good choice.
         eps: added to the mean square of the hidden state.
 
     Raises:
-        ValueError: a size is smaller than 1, or ``spread`` or ``slope_length`` is not positive.
+        ValueError: a size is smaller than 1, or ``spread``, ``slope_ratio`` or ``slope_length`` is not positive.
     """
 
     def __init__(
@@ -38,30 +41,32 @@ class SparseKScorer(nn.Module):
         *,
         spread: float = 1.0,
         slope: float = 1.0,
+        slope_ratio: float = 64.0,
         slope_length: int = 1024,
         eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1 or num_groups < 1 or spread <= 0 or slope_length <= 0:
+        if dim < 1 or num_groups < 1 or spread <= 0 or slope_ratio <= 0 or slope_length <= 0:
             raise ValueError(
-                f"SparseKScorer needs dim >= 1, num_groups >= 1, spread > 0 and slope_length > 0, "
-                f"got {dim=}, {num_groups=}, {spread=}, {slope_length=}"
+                f"SparseKScorer needs dim >= 1, num_groups >= 1, spread > 0, slope_ratio > 0 and slope_length > 0, "
+                f"got {dim=}, {num_groups=}, {spread=}, {slope_ratio=}, {slope_length=}"
             )
-        self.spread, self.initial_slope, self.slope_length, self.eps = spread, slope, slope_length, eps
+        self.spread, self.slope_length, self.eps = spread, slope_length, eps
+        self.initial_slopes = [slope * slope_ratio ** (-group / max(num_groups - 1, 1)) for group in range(num_groups)]
         self.weight = nn.Parameter(torch.empty(num_groups, dim, device=device, dtype=dtype))
         self.gain = nn.Parameter(torch.empty(num_groups, device=device, dtype=dtype))
         self.slope = nn.Parameter(torch.empty(num_groups, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws unit-length weight rows and sets the gain and the slope to their initial values."""
+        """Draws unit-length weight rows and sets the gain and the slopes to their initial values."""
         with torch.no_grad():
             nn.init.normal_(self.weight)
             self.weight.div_(self.weight.norm(dim=-1, keepdim=True))
             nn.init.constant_(self.gain, self.spread)
-            nn.init.constant_(self.slope, self.initial_slope)
+            self.slope.copy_(torch.tensor(self.initial_slopes))
 
     def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
         """Scores of ``hidden [B, M, dim]``.

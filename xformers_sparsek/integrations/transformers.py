@@ -57,6 +57,7 @@ def sparsify(
     layers: Iterable[int] | None = None,
     spread: float = 1.0,
     slope: float = 1.0,
+    slope_ratio: float = 64.0,
     slope_length: int | None = None,
 ) -> PreTrainedModel:
     """Gives a causal language model SparseK attention, with new scorers, in place.
@@ -73,7 +74,7 @@ def sparsify(
         hard: whether the gates of selected keys are 1, rather than continuous in the scores.
         layers: indices of the layers that get SparseK attention, all by default. The others stay dense, through
             PyTorch's ``scaled_dot_product_attention``.
-        spread, slope, slope_length: how the scorers start, as for :class:`xformers_sparsek.SparseKScorer`;
+        spread, slope, slope_ratio, slope_length: how the scorers start, as for :class:`xformers_sparsek.SparseKScorer`;
             ``slope_length`` is ``num_keys`` by default.
 
     Returns:
@@ -94,7 +95,7 @@ def sparsify(
 
     settings = {"num_keys": num_keys, "window": window, "hard": hard, "layers": sorted(chosen)}
     slope_length = num_keys if slope_length is None else slope_length
-    settings |= {"spread": spread, "slope": slope, "slope_length": slope_length}
+    settings |= {"spread": spread, "slope": slope, "slope_ratio": slope_ratio, "slope_length": slope_length}
     _attach_scorers(model, settings)
     model.config.sparsek = settings
     model.set_attn_implementation(NAME)
@@ -284,7 +285,7 @@ def _attach_scorers(model: PreTrainedModel, settings: Mapping[str, object]) -> N
     config = model.config
     path, name = FAMILIES[config.model_type]
     groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    options = {name: settings[name] for name in ("spread", "slope", "slope_length")}
+    options = {name: settings[name] for name in ("spread", "slope", "slope_ratio", "slope_length")}
     chosen = [getattr(model.get_submodule(path)[i], name) for i in settings["layers"]]
     devices = [next(attention.parameters()).device for attention in chosen]
     scorers = [SparseKScorer(config.hidden_size, groups, device=x, dtype=model.dtype, **options) for x in devices]
