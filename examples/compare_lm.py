@@ -14,7 +14,7 @@ keys for each query, its budget:
     recency       as sparsek, with scores that rise along the text: a window of the whole budget again
     wider-window  the latest keys alone, as many as sparsek came to see: soft gates keep some keys beyond the budget
 
-    convert-*     the dense model, trained on for a little in another pattern: dense, window, sparsek or hard
+    convert-*     the dense model, trained on for a little as dense, window, sparsek, hard or wider-window
 
 Every finished run is added to the ``--json`` file, and runs that it holds are skipped, so that several calls can share
 the work, one after another or side by side (``--variants``, ``--budgets``, ``--seeds``, ``--minutes``). Tables and plot
@@ -45,7 +45,7 @@ from torch import nn
 import xformers_sparsek
 
 FROM_SCRATCH = ("dense", "sparsek", "window", "hard", "random", "frozen", "recency", "wider-window")
-CONVERTED = ("convert-dense", "convert-window", "convert-sparsek", "convert-hard")
+CONVERTED = ("convert-dense", "convert-window", "convert-sparsek", "convert-hard", "convert-wider-window")
 UNLIMITED = ("dense", "convert-dense")  # these have no budget
 
 PRESETS = {
@@ -241,7 +241,7 @@ def pattern_of(work: Work, s: TrainingSettings, runs: list[dict]) -> Pattern | N
     if kind == "window":
         return Pattern("window", window=work.budget)
     if kind == "wider-window":
-        soft = lm_report.find(runs, "sparsek", work.budget, work.seed)
+        soft = lm_report.find(runs, work.variant.replace("wider-window", "sparsek"), work.budget, work.seed)
         return soft and Pattern("window", window=math.ceil(soft["keys_seen_late"]))
     share = s.convert_window_share if work.variant in CONVERTED else s.window_share
     window = min(round(work.budget * share), work.budget - 1)
@@ -267,7 +267,7 @@ def run(work: Work, trainer: Trainer, runs: list[dict], checkpoints: Path) -> di
     s = trainer.settings
     pattern = pattern_of(work, s, runs)
     if pattern is None:
-        return "needs the sparsek run of the same budget and seed first"
+        return f"needs the {work.variant.replace('wider-window', 'sparsek')} run of the same budget and seed first"
     path = checkpoints / f"dense_{work.seed}.pt"
     began = time.perf_counter()
     if work.variant in CONVERTED:

@@ -21,6 +21,7 @@ ORDER = (
     "convert-sparsek",
     "convert-hard",
     "convert-window",
+    "convert-wider-window",
 )
 # Of what is compared most, each has its colour in all panels.
 COLORS = {
@@ -159,7 +160,7 @@ def verdicts(runs: list[dict], budget: int, context: int) -> list[str]:
 def recovery(runs: list[dict], budget: int, context: int) -> list[str]:
     """How much of what the dense model loses by a window alone conversion wins back, a line per case."""
     lines = []
-    for variant in ("convert-sparsek", "convert-hard"):
+    for variant in ("convert-sparsek", "convert-hard", "convert-wider-window"):
         # Of the window as it is, and of the one that was trained on as long as the converted model.
         for case, point in (("as it is", 0), ("trained on", -1)):
             parts = [
@@ -239,7 +240,7 @@ def plot(report: dict, path: Path) -> None:
     by_time.set(xlabel="seconds of training", ylabel="held-out loss", title=f"Loss by time{label}")
     by_position.set(xlabel="quarter of the context", ylabel="held-out loss", title=f"Loss by position{label}")
     by_position.set_xticks([1, 2, 3, 4])
-    for variant in ("dense", "sparsek", "hard", "window"):
+    for variant in ("dense", "sparsek", "hard", "window", "wider-window"):
         found = select(runs, f"convert-{variant}", None if variant == "dense" else shown)
         for index, r in enumerate(found):
             steps, losses = zip(*((p["step"], p["loss"]) for p in r["curve"]))
