@@ -224,6 +224,10 @@ def plot(report: dict, path: Path) -> None:
                 errors = [[m - min(x), max(x) - m] for m, (_, x) in zip(means, points)]
                 xs = [b for b, _ in points]
                 by_budget.errorbar(xs, means, list(zip(*errors)), color=color, marker="o", capsize=3, label=variant)
+                if variant != "wider-window":
+                    # Soft gates see more keys than the budget: the same losses, dotted, over the keys that they see.
+                    seen = [mean([r["keys_seen_late"] for r in select(runs, variant, b)]) for b in xs]
+                    by_budget.plot(seen, means, color=color, marker="o", markerfacecolor="none", linestyle=":")
             chosen = select(runs, variant, shown)
         for index, r in enumerate(chosen):
             name = variant if index == 0 else None
@@ -233,7 +237,10 @@ def plot(report: dict, path: Path) -> None:
             quarters = [mean([r["quarters"][part] for r in chosen]) for part in range(4)]
             by_position.plot([1, 2, 3, 4], quarters, color=color, marker="o", label=variant)
     by_budget.set(
-        xscale="log", xlabel="keys for each query", ylabel="held-out loss, nats per token", title="Loss by budget"
+        xscale="log",
+        xlabel="keys for each query: budget, dotted: seen",
+        ylabel="held-out loss, nats per token",
+        title="Loss by budget",
     )
     by_budget.set_xticks(budgets, [str(b) for b in budgets])
     by_budget.minorticks_off()
