@@ -82,6 +82,8 @@ class TrainingSettings:
     batch: int
     lr: float
     scorer_lr: float
+    short_share: float
+    short_context: int
     window_share: float
     convert_window_share: float
     convert_share: float
@@ -143,15 +145,22 @@ class Trainer:
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # each pattern makes its own version
             for block in model.blocks:  # all blocks share what is compiled for one
-                block.compile()
+                block.compile(dynamic=False)
         return model
 
     def train(
-        self, model: LanguageModel, steps: int, lr: float, scorer_lr: float, data_seed: int, progress: str
+        self,
+        model: LanguageModel,
+        steps: int,
+        lr: float,
+        scorer_lr: float,
+        data_seed: int,
+        progress: str,
+        short_share: float = 0.0,
     ) -> dict:
-        """Trains for some steps and returns the figures of the run.
+        """Trains for some steps, the first ``short_share`` of them on short texts, and returns the figures of the run.
 
-        The clock stands still while the model is judged, and starts after the first step, which may compile.
+        The clock stands still while the model is judged, and starts after a pass at each length, which may compile.
         """
         s = self.settings
         groups = model.parameter_groups()
@@ -170,11 +179,21 @@ class Trainer:
             fused=self.device.type == "cuda",
         )
         learning = [parameter for group in groups.values() for parameter in group]
-        data = torch.Generator().manual_seed(data_seed)
+        data = torch.Generator()
         context = self.model_settings.context
         judged_at = {round(steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
-        loss = self.evaluate(model)["loss"]
-        curve = [{"step": 0, "seconds": 0.0, "loss": loss}]
+        short_steps = round(steps * short_share)
+
+        def mean_loss(length: int) -> torch.Tensor:
+            starts = torch.randint(self.text.numel() - context, (s.batch * context // length,), generator=data)
+            with self.autocast():
+                return model.losses(excerpts(self.text, starts, length + 1)).mean()
+
+        for length in {s.short_context if short_steps else context, context}:
+            mean_loss(length).backward()
+        model.zero_grad()
+        data.manual_seed(data_seed)
+        curve = [{"step": 0, "seconds": 0.0, "loss": self.evaluate(model)["loss"]}]
         seconds = 0.0
         self.synchronize()
         began = time.perf_counter()
@@ -183,17 +202,12 @@ class Trainer:
             cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # from 1 down to 0.1
             for group in (*muon.param_groups, *adamw.param_groups):
                 group["lr"] = group["base"] * min(warmup, cosine)
-            starts = torch.randint(self.text.numel() - context, (s.batch,), generator=data)
-            with self.autocast():
-                loss = model.losses(excerpts(self.text, starts, context + 1)).mean()
+            loss = mean_loss(s.short_context if step < short_steps else context)
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learning, 1.0)
             muon.step()
             adamw.step()
-            if step == 0:
-                self.synchronize()
-                began = time.perf_counter()
             if step + 1 in judged_at:
                 self.synchronize()
                 seconds += time.perf_counter() - began
@@ -208,7 +222,7 @@ class Trainer:
             "steps": steps,
             "tokens": tokens,
             "seconds": seconds,
-            "tokens_per_second": (tokens - s.batch * context) / seconds if steps > 1 else None,
+            "tokens_per_second": tokens / seconds,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "scorers": scorer_statistics(model),
         }
@@ -281,7 +295,7 @@ def run(work: Work, trainer: Trainer, runs: list[dict], checkpoints: Path) -> di
         figures = trainer.train(model, steps, *rates, work.seed + 1_000_000, work.name())
     else:
         model = trainer.make(pattern, work.seed)
-        figures = trainer.train(model, s.steps, s.lr, s.lr * s.scorer_lr, work.seed, work.name())
+        figures = trainer.train(model, s.steps, s.lr, s.lr * s.scorer_lr, work.seed, work.name(), s.short_share)
     figures |= trainer.keys_seen(model)
     if work.variant == "dense":
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -368,6 +382,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=positive, help="texts per step")
     add("--lr", type=float, help="peak learning rate")
     add("--scorer-lr", type=float, help="learning rate of the scorers in units of --lr")
+    add("--short-share", type=float, help="part of the steps that train on shorter texts, as many tokens of them")
+    add("--short-context", type=positive, help="tokens of those texts")
     add("--spread", type=float, help="standard deviation of the scores at the start")
     add("--slope", type=float, help="rise of the scores of the first group over k tokens at the start")
     add("--slope-ratio", type=float, help="that slope over the one of the last group")
@@ -400,6 +416,8 @@ def parse_arguments() -> argparse.Namespace:
         batch=4,
         lr=3e-3,
         scorer_lr=1.0,
+        short_share=0.0,
+        short_context=64,
         spread=1.0,
         slope=1.0,
         slope_ratio=64.0,
@@ -424,6 +442,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--validation {args.validation} must be a multiple of --batch, --context one of 4")
     if any(args.context % parts or args.context // parts < 2 for parts in args.budgets):
         parser.error(f"--budgets {args.budgets} must divide --context {args.context} into 2 keys or more")
+    if args.context % args.short_context or not 0 <= args.short_share <= 1:
+        parser.error(f"--short-context {args.short_context} must divide --context, --short-share be from 0 to 1")
     if not (0 <= args.window_share < 1 and 0 <= args.convert_window_share < 1):
         parser.error("--window-share and --convert-window-share must be at least 0 and less than 1")
     return args
