@@ -58,8 +58,6 @@ PRESETS = {
         "heads": 8,
         "groups": 8,
         "window_share": 0.75,
-        "convert_window_share": 0.5,
-        "convert_scorer_lr": 10.0,
         "compile": True,
         "batch": 8,
         "steps": 1000,
@@ -89,10 +87,23 @@ class TrainingSettings:
     window_share: float
     convert_window_share: float
     convert_share: float
+    convert_batch: int
     convert_lr: float
     convert_scorer_lr: float
     text: str
     validation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What one training does: steps of some texts each, the first ``short_share`` of them on short texts."""
+
+    steps: int
+    batch: int
+    lr: float
+    scorer_lr: float
+    data_seed: int
+    short_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,51 +161,41 @@ class Trainer:
                 block.compile(dynamic=False)
         return model
 
-    def train(
-        self,
-        model: LanguageModel,
-        steps: int,
-        lr: float,
-        scorer_lr: float,
-        data_seed: int,
-        progress: str,
-        short_share: float = 0.0,
-    ) -> dict:
-        """Trains for some steps, the first ``short_share`` of them on short texts, and returns the figures of the run.
+    def train(self, model: LanguageModel, course: Course, progress: str) -> dict:
+        """Trains a model and returns the figures of the run.
 
         The clock stands still while the model is judged, and starts after a pass at each length, which may compile.
         """
-        s = self.settings
+        steps, context, short_context = course.steps, self.model_settings.context, self.settings.short_context
         groups = model.parameter_groups()
         # By AdamW alone some seeds stay behind for as long as this training lasts, by more than patterns differ.
         muon = torch.optim.Muon(
-            [{"params": groups["matrices"], "base": lr}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+            [{"params": groups["matrices"], "base": course.lr}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
         )
         adamw = torch.optim.AdamW(
             [
-                {"params": groups["embedding"], "weight_decay": 0.1, "base": lr},
+                {"params": groups["embedding"], "weight_decay": 0.1, "base": course.lr},
                 # Decay would flatten the scores, and flat scores select nothing.
-                {"params": groups["scorers"], "weight_decay": 0.0, "base": scorer_lr},
-                {"params": groups["rest"], "weight_decay": 0.0, "base": lr},
+                {"params": groups["scorers"], "weight_decay": 0.0, "base": course.scorer_lr},
+                {"params": groups["rest"], "weight_decay": 0.0, "base": course.lr},
             ],
             betas=(0.9, 0.95),
             fused=self.device.type == "cuda",
         )
         learning = [parameter for group in groups.values() for parameter in group]
         data = torch.Generator()
-        context = self.model_settings.context
         judged_at = {round(steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
-        short_steps = round(steps * short_share)
+        short_steps = round(steps * course.short_share)
 
         def mean_loss(length: int) -> torch.Tensor:
-            starts = torch.randint(self.text.numel() - context, (s.batch * context // length,), generator=data)
+            starts = torch.randint(self.text.numel() - context, (course.batch * context // length,), generator=data)
             with self.autocast():
                 return model.losses(excerpts(self.text, starts, length + 1)).mean()
 
-        for length in {s.short_context if short_steps else context, context}:
+        for length in {short_context if short_steps else context, context}:
             mean_loss(length).backward()
         model.zero_grad()
-        data.manual_seed(data_seed)
+        data.manual_seed(course.data_seed)
         curve = [{"step": 0, "seconds": 0.0, "loss": self.evaluate(model)["loss"]}]
         seconds = 0.0
         self.synchronize()
@@ -204,7 +205,7 @@ class Trainer:
             cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # from 1 down to 0.1
             for group in (*muon.param_groups, *adamw.param_groups):
                 group["lr"] = group["base"] * min(warmup, cosine)
-            loss = mean_loss(s.short_context if step < short_steps else context)
+            loss = mean_loss(short_context if step < short_steps else context)
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learning, 1.0)
@@ -218,7 +219,7 @@ class Trainer:
                 show(f"{progress}: step {step + 1} of {steps}, held-out loss {results['loss']:.4f}")
                 self.synchronize()
                 began = time.perf_counter()
-        tokens = steps * s.batch * context
+        tokens = steps * course.batch * context
         return results | {
             "curve": curve,
             "steps": steps,
@@ -291,13 +292,14 @@ def run(work: Work, trainer: Trainer, runs: list[dict], checkpoints: Path) -> di
             return f"needs the checkpoint {path} of the dense run"
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = trainer.make(pattern, work.seed, state)
-        steps = max(1, int(s.steps * s.convert_share))
-        # Other batches than those that the dense model has learnt from.
+        steps = max(1, int(s.steps * s.convert_share * s.batch / s.convert_batch))
         rates = s.lr * s.convert_lr, s.lr * s.convert_scorer_lr
-        figures = trainer.train(model, steps, *rates, work.seed + 1_000_000, work.name())
+        # Other batches than those that the dense model has learnt from.
+        course = Course(steps, s.convert_batch, *rates, data_seed=work.seed + 1_000_000)
     else:
         model = trainer.make(pattern, work.seed)
-        figures = trainer.train(model, s.steps, s.lr, s.lr * s.scorer_lr, work.seed, work.name(), s.short_share)
+        course = Course(s.steps, s.batch, s.lr, s.lr * s.scorer_lr, data_seed=work.seed, short_share=s.short_share)
+    figures = trainer.train(model, course, work.name())
     figures |= trainer.keys_seen(model)
     if work.variant == "dense":
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -392,7 +394,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--scorer-input", choices=("mixed", "residual"), help="what attention reads, or the stream before its norm")
     add("--window-share", type=float, help="part of the budget that is a window")
     add("--convert-window-share", type=float, help="that of converted models, which are used to seeing far")
-    add("--convert-share", type=float, help="steps after conversion, as a part of --steps")
+    add("--convert-share", type=float, help="tokens after conversion, as a part of those before")
+    add("--convert-batch", type=positive, help="texts per step after conversion: scorers need many steps")
     add("--convert-lr", type=float, help="peak learning rate after conversion, in units of --lr")
     add("--convert-scorer-lr", type=float, help="that of the scorers, the only part that is new then")
     add("--text", choices=("stdlib", "site"), help="the standard library, or installed packages too")
@@ -425,10 +428,11 @@ def parse_arguments() -> argparse.Namespace:
         slope_ratio=64.0,
         scorer_input="mixed",
         window_share=0.5,
-        convert_window_share=0.5,
+        convert_window_share=0.25,
         convert_share=0.05,
-        convert_lr=0.1,
-        convert_scorer_lr=5.0,
+        convert_batch=1,
+        convert_lr=0.05,
+        convert_scorer_lr=10.0,
         text="stdlib",
         validation=64,
         evaluations=5,
