@@ -250,6 +250,18 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
 
+def make_trainer(args: argparse.Namespace) -> Trainer:
+    """What the command line asks for."""
+    model_settings, settings = (
+        kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+        for kind in (ModelSettings, TrainingSettings)
+    )
+    device = torch.device(args.device)
+    return Trainer(
+        model_settings, settings, device, kept=args.checkpoints, evaluations=args.evaluations, compiled=args.compile
+    )
+
+
 def pattern_of(work: Work, s: TrainingSettings, runs: list[dict]) -> Pattern | None:
     """The pattern of a run; None where it depends on another run that is not there yet."""
     kind = work.variant.removeprefix("convert-")
@@ -448,8 +460,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--validation {args.validation} must be a multiple of --batch, --context one of 4")
     if any(args.context % parts or args.context // parts < 2 for parts in args.budgets):
         parser.error(f"--budgets {args.budgets} must divide --context {args.context} into 2 keys or more")
-    if args.context % args.short_context or not 0 <= args.short_share <= 1:
-        parser.error(f"--short-context {args.short_context} must divide --context, --short-share be from 0 to 1")
+    if not 0 <= args.short_share <= 1:
+        parser.error("--short-share must be from 0 to 1")
+    if args.short_share and args.context % args.short_context:
+        parser.error(f"--short-context {args.short_context} must divide --context {args.context}")
     if not (0 <= args.window_share < 1 and 0 <= args.convert_window_share < 1):
         parser.error("--window-share and --convert-window-share must be at least 0 and less than 1")
     return args
@@ -470,17 +484,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def main() -> None:
     began = time.monotonic()
     args = parse_arguments()
-    device = torch.device(args.device)
-    model_settings, settings = (
-        kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
-        for kind in (ModelSettings, TrainingSettings)
-    )
-    trainer = Trainer(
-        model_settings, settings, device, kept=args.checkpoints, evaluations=args.evaluations, compiled=args.compile
-    )
-    everything = dataclasses.asdict(model_settings) | dataclasses.asdict(settings) | trainer.text_facts
+    trainer = make_trainer(args)
+    everything = dataclasses.asdict(trainer.model_settings) | dataclasses.asdict(trainer.settings) | trainer.text_facts
     report = load(args.json, everything)
-    facts = environment(device, args.commit) | {"compiled": args.compile}
+    facts = environment(trainer.device, args.commit) | {"compiled": args.compile}
     print("\n".join(f"{name}: {value}" for name, value in (report["settings"] | facts).items()), flush=True)
 
     longest = 0.0

@@ -206,6 +206,8 @@ def test_other_settings_are_refused(finished):
     ("option", "reason"),
     [
         ("--dim=18", "--dim 18 must be a multiple"),
+        ("--short-share=1.5", "--short-share must be from 0 to 1"),
+        ("--short-share=0.5 --short-context=48", "--short-context 48 must divide --context 64"),
         ("--validation=3", "--validation 3 must be a multiple"),
         ("--budgets=64", "must divide --context 64"),
         ("--window-share=1", "--window-share and --convert-window-share must be"),
@@ -213,7 +215,7 @@ def test_other_settings_are_refused(finished):
     ],
 )
 def test_bad_arguments(modules, monkeypatch, capsys, option, reason):
-    monkeypatch.setattr(sys, "argv", ["compare_lm.py", *SMALL.split(), option])
+    monkeypatch.setattr(sys, "argv", ["compare_lm.py", *SMALL.split(), *option.split()])
     with pytest.raises(SystemExit) as refusal:
         modules["script"].parse_arguments()
     assert refusal.value.code == 2
@@ -225,6 +227,25 @@ def test_preset(modules, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_lm.py", "--preset", "gpu", "--steps", "7"])
     args = modules["script"].parse_arguments()
     assert (args.context, args.steps, args.device, args.seeds) == (4096, 7, "cuda", [0, 1, 2])
+
+
+def test_short_texts_at_first(modules, tmp_path, monkeypatch):
+    """As many tokens of them in a step, and only at first."""
+    script = modules["script"]
+    options = f"{SMALL} --short-share 0.5 --short-context 16 --json {tmp_path}/figures.json".split()
+    monkeypatch.setattr(sys, "argv", ["compare_lm.py", *options])
+    trainer = script.make_trainer(script.parse_arguments())
+    model = trainer.make(modules["model"].Pattern("window", window=4), 0)
+    shapes = []
+    losses = model.losses
+    monkeypatch.setattr(model, "losses", lambda tokens: shapes.append(tuple(tokens.shape)) or losses(tokens))
+    trainer.evaluate = lambda model: {"loss": 0.0}
+    course = script.Course(steps=4, batch=2, lr=1e-3, scorer_lr=1e-3, data_seed=0, short_share=0.5)
+    figures = trainer.train(model, course, "")
+    short, long = (8, 17), (2, 65)
+    assert sorted(shapes[:2]) == [long, short]  # what the clock leaves out
+    assert shapes[2:] == [short, short, long, long]
+    assert figures["tokens"] == 4 * 2 * 64
 
 
 def test_picture(finished):
