@@ -19,7 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers_case import FAMILIES, PADDINGS, attentions, batch_of, build, real_logits, tokens
 
 from xformers_sparsek import SparseKBias, SparseKScorer, sparsek_attention
-from xformers_sparsek.integrations.transformers import from_pretrained, sparsify, train_scorers_only
+from xformers_sparsek.integrations.transformers import (
+    from_pretrained,
+    parameter_groups,
+    sparsify,
+    train_scorers_only,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_PADDING = pytest.mark.parametrize("padding", PADDINGS)
@@ -343,6 +348,8 @@ def test_models_that_are_not_supported():
         sparsify(build("mistral", sliding_window=8), num_keys=4)
     with pytest.raises(ValueError, match="it has no scorers: call sparsify first"):
         train_scorers_only(build("llama"))
+    with pytest.raises(ValueError, match="it has no scorers: call sparsify first"):
+        parameter_groups(build("llama"), lr=1e-3, scorer_lr=1e-1)
     with pytest.raises(ValueError) as refusal:
         sparsify(build("gpt2", add_cross_attention=True, is_causal=False), num_keys=0)
     for reason in ("not causal", "cross-attention", "num_keys must be at least 1"):

@@ -12,7 +12,12 @@ pytest.importorskip("accelerate")
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers_case import FAMILIES, VOCABULARY, batch_of, build, tokens
 
-from xformers_sparsek.integrations.transformers import from_pretrained, sparsify, train_scorers_only
+from xformers_sparsek.integrations.transformers import (
+    from_pretrained,
+    parameter_groups,
+    sparsify,
+    train_scorers_only,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -93,6 +98,31 @@ def test_gradient_checkpointing(family, scorers_only, checkpointing):
     assert actual.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("scorers_only", [False, True])
+def test_rates_of_scorers_and_others(family, scorers_only, tmp_path):
+    """Every parameter that learns is in one group, once, and Trainer's steps are as long as its group says."""
+    model = sparsify(build(family), num_keys=4, window=2)
+    if scorers_only:
+        train_scorers_only(model)
+    groups = parameter_groups(model, lr=1e-4, scorer_lr=1e-2, weight_decay=0.1)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-2, 0.0), (1e-4, 0.1)]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+    expected = [[name for name in names.values() if is_scorer(name) == scorer] for scorer in (True, False)]
+    assert list(map(sorted, found)) == [sorted(expected[0]), [] if scorers_only else sorted(expected[1])]
+
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none")
+    optimizer = torch.optim.AdamW(groups)
+    Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+    moved = {name: (x - before[name]).abs().max().item() for name, x in model.state_dict().items()}
+    for name, distance in moved.items():  # AdamW's first step is as long as its rate; decay adds a little
+        rate = 1e-2 if is_scorer(name) else 0.0 if scorers_only else 1e-4
+        assert distance == pytest.approx(rate, rel=0.3), name
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -23,7 +23,7 @@ from ..scorer import SparseKScorer
 from ..selection import count_reasons
 from .transformers_cache import SparseKCacheLayer, SparseKDynamicLayer, SparseKGenerationCache, autocast, layer_of
 
-__all__ = ["SparseKGenerationCache", "from_pretrained", "sparsify", "train_scorers_only"]
+__all__ = ["SparseKGenerationCache", "from_pretrained", "parameter_groups", "sparsify", "train_scorers_only"]
 
 NAME = "sparsek"
 # For each model type, where a causal language model has its layers, and a layer its attention.
@@ -154,13 +154,56 @@ def train_scorers_only(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model has no scorers.
     """
-    scorers = [module for module in model.modules() if isinstance(module, SparseKScorer)]
-    reasons = [] if scorers else ["it has no scorers: call sparsify first"]
-    problem.refuse("train_scorers_only", {"model": type(model).__name__}, reasons)
+    scorers = _scorers_of(model, "train_scorers_only")
     model.requires_grad_(False)
     for scorer in scorers:
         scorer.requires_grad_(True)
     return model
+
+
+def parameter_groups(
+    model: PreTrainedModel, *, lr: float, scorer_lr: float, weight_decay: float = 0.0
+) -> list[dict[str, object]]:
+    """What to give an optimizer, so that new scorers learn faster than what they are added to.
+
+    New scorers have far to go in few steps. In ``examples/compare_lm.py`` converted models lose least with a
+    ``scorer_lr`` of 60 to 200 times ``lr``, and with many steps of few texts.
+
+    Args:
+        model: a model that :func:`sparsify` was applied to.
+        lr: the learning rate of all other parameters.
+        scorer_lr: the learning rate of the scorers.
+        weight_decay: of all other parameters. Scorers get none, since decay makes scores equal, which selects nothing.
+
+    Returns:
+        Two groups of those parameters that require gradients, the scorers' first; for the optimizers of PyTorch, and
+        through these for the argument ``optimizers`` of ``Trainer``.
+
+    Raises:
+        ValueError: the model has no scorers.
+    """
+    scorers = [parameter for scorer in _scorers_of(model, "parameter_groups") for parameter in scorer.parameters()]
+    known = {id(parameter) for parameter in scorers}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [
+        {
+            "params": [parameter for parameter in scorers if parameter.requires_grad],
+            "lr": scorer_lr,
+            "weight_decay": 0.0,
+        },
+        {
+            "params": [parameter for parameter in others if parameter.requires_grad],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+    ]
+
+
+def _scorers_of(model: PreTrainedModel, asked: str) -> list[SparseKScorer]:
+    scorers = [module for module in model.modules() if isinstance(module, SparseKScorer)]
+    reasons = [] if scorers else ["it has no scorers: call sparsify first"]
+    problem.refuse(asked, {"model": type(model).__name__}, reasons)
+    return scorers
 
 
 def sparsek_attention_forward(
