@@ -167,7 +167,7 @@ def parameter_groups(
     """What to give an optimizer, so that new scorers learn faster than what they are added to.
 
     New scorers have far to go in few steps. In ``examples/compare_lm.py`` converted models lose least with a
-    ``scorer_lr`` of 60 to 200 times ``lr``, and with many steps of few texts.
+    ``scorer_lr`` of 30 to 200 times ``lr``, and with many steps of few texts.
 
     Args:
         model: a model that :func:`sparsify` was applied to.
