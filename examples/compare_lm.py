@@ -34,6 +34,7 @@ import platform
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import lm_report
@@ -245,6 +246,13 @@ class Trainer:
             seen = model.keys_seen(self.held_out[: self.settings.batch, :-1])
         return {"keys_seen": seen.mean().item(), "keys_seen_late": seen.view(4, -1)[3].mean().item()}
 
+    def fingerprint(self) -> int:
+        """A number for all that a dense model depends on but its seed: several calls may keep models in one folder."""
+        settings = dataclasses.asdict(self.model_settings) | dataclasses.asdict(self.settings) | self.text_facts
+        others = ("convert_", "scorer_", "slope", "spread", "validation", "window_share")
+        relevant = {name: value for name, value in settings.items() if not name.startswith(others)}
+        return zlib.crc32(json.dumps(relevant, sort_keys=True).encode())
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -297,7 +305,7 @@ def run(work: Work, trainer: Trainer, runs: list[dict], checkpoints: Path) -> di
     pattern = pattern_of(work, s, runs)
     if pattern is None:
         return f"needs the {work.variant.replace('wider-window', 'sparsek')} run of the same budget and seed first"
-    path = checkpoints / f"dense_{work.seed}.pt"
+    path = checkpoints / f"dense_{trainer.fingerprint():08x}_{work.seed}.pt"
     began = time.perf_counter()
     if work.variant in CONVERTED:
         if not path.exists():
@@ -431,9 +439,9 @@ def parse_arguments() -> argparse.Namespace:
         groups=4,
         steps=400,
         batch=4,
-        lr=3e-3,
+        lr=1e-2,
         scorer_lr=1.0,
-        short_share=0.0,
+        short_share=0.5,
         short_context=64,
         spread=1.0,
         slope=1.0,

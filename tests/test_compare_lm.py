@@ -178,6 +178,17 @@ def test_calls_side_by_side(tmp_path):
     assert sorted((r["variant"], r["seed"]) for r in runs) == [(v, s) for v in ("random", "window") for s in range(3)]
 
 
+def test_dense_models_of_other_settings_are_not_converted(finished, tmp_path):
+    """They lie beside each other; what dense models do not depend on may differ."""
+    kept = finished[0].parent / "checkpoints"
+    options = ("--variants", "convert-sparsek", "--checkpoints", str(kept), "--no-plot")
+    done = compare(tmp_path / "spread.json", *options, "--spread", "0.5", "--convert-lr", "0.2")
+    assert done.returncode == 0 and "convert-sparsek" in done.stdout, done.stderr
+    done = compare(tmp_path / "lr.json", *options, "--lr", "0.02")
+    assert done.returncode == 0, done.stderr
+    assert "seed 0: not run, needs the checkpoint" in done.stderr
+
+
 def test_pieces_of_several_bytes(tmp_path):
     """A vocabulary of 512 is half bytes, half pieces that the text repeats; its tokens are made once."""
     pytest.importorskip("tokenizers")
@@ -198,7 +209,7 @@ def test_other_settings_are_refused(finished):
     before = finished[0].read_bytes()
     done = compare(finished[0], "--lr", "0.5", "--variants", "dense")
     assert done.returncode == 1
-    assert "lr 0.003 there and 0.5 here" in done.stderr
+    assert "lr 0.01 there and 0.5 here" in done.stderr
     assert finished[0].read_bytes() == before
 
 
