@@ -246,11 +246,14 @@ class Trainer:
             seen = model.keys_seen(self.held_out[: self.settings.batch, :-1])
         return {"keys_seen": seen.mean().item(), "keys_seen_late": seen.view(4, -1)[3].mean().item()}
 
+    def everything(self) -> dict:
+        """All settings, and the facts about the text."""
+        return dataclasses.asdict(self.model_settings) | dataclasses.asdict(self.settings) | self.text_facts
+
     def fingerprint(self) -> int:
         """A number for all that a dense model depends on but its seed: several calls may keep models in one folder."""
-        settings = dataclasses.asdict(self.model_settings) | dataclasses.asdict(self.settings) | self.text_facts
         others = ("convert_", "scorer_", "slope", "spread", "validation", "window_share")
-        relevant = {name: value for name, value in settings.items() if not name.startswith(others)}
+        relevant = {name: value for name, value in self.everything().items() if not name.startswith(others)}
         return zlib.crc32(json.dumps(relevant, sort_keys=True).encode())
 
     def synchronize(self) -> None:
@@ -493,7 +496,7 @@ def main() -> None:
     began = time.monotonic()
     args = parse_arguments()
     trainer = make_trainer(args)
-    everything = dataclasses.asdict(trainer.model_settings) | dataclasses.asdict(trainer.settings) | trainer.text_facts
+    everything = trainer.everything()
     report = load(args.json, everything)
     facts = environment(trainer.device, args.commit) | {"compiled": args.compile}
     print("\n".join(f"{name}: {value}" for name, value in (report["settings"] | facts).items()), flush=True)

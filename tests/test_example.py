@@ -78,8 +78,10 @@ def test_scorers_learn(uninterrupted, example):
     initial = {name: value for name, value in fresh.model.state_dict().items() if ".scorer." in name}
     assert len(initial) == 6  # weight, gain and slope in each of two layers
     for name, value in initial.items():
-        # Nothing but a gradient moves them: the scorers have no weight decay. Some element may come back, not all do.
-        assert (trained["model"][name] - value).abs().mean() > 1e-4, name
+        # Nothing but a gradient moves them: the scorers have no weight decay. One weight of a group may come back to
+        # where it was, all of them do not.
+        moved = (trained["model"][name] - value).abs()
+        assert (moved.mean(1) if moved.ndim == 2 else moved).min() > 1e-5, name
 
 
 def test_picture(uninterrupted):

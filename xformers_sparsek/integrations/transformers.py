@@ -182,20 +182,12 @@ def parameter_groups(
     Raises:
         ValueError: the model has no scorers.
     """
-    scorers = [parameter for scorer in _scorers_of(model, "parameter_groups") for parameter in scorer.parameters()]
-    known = {id(parameter) for parameter in scorers}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    scorers = {id(parameter) for scorer in _scorers_of(model, "parameter_groups") for parameter in scorer.parameters()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    new, old = ([x for x in learning if (id(x) in scorers) == wanted] for wanted in (True, False))
     return [
-        {
-            "params": [parameter for parameter in scorers if parameter.requires_grad],
-            "lr": scorer_lr,
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [parameter for parameter in others if parameter.requires_grad],
-            "lr": lr,
-            "weight_decay": weight_decay,
-        },
+        {"params": new, "lr": scorer_lr, "weight_decay": 0.0},
+        {"params": old, "lr": lr, "weight_decay": weight_decay},
     ]
 
 
